@@ -1,0 +1,45 @@
+"""Argument checks shared by the ops: each error says what was needed and what came."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def need(condition: bool, name: str, needed: str, got: object) -> None:
+    """Raise ValueError naming the argument, what was needed and what came."""
+    if not condition:
+        raise ValueError(f"{name}: need {needed}, got {got}")
+
+
+def need_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: need a torch.Tensor, got {type(value).__name__}")
+
+
+def need_float(tensor: Tensor, name: str) -> None:
+    need_tensor(tensor, name)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: need float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def need_int(tensor: Tensor, name: str) -> None:
+    need_tensor(tensor, name)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: need int64 or int32, got {tensor.dtype}")
+
+
+def need_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
+    need(tuple(tensor.shape) == shape, name, f"shape {shape} ({meaning})", tuple(tensor.shape))
+
+
+def need_same_device(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    need(
+        tensor.device == other.device,
+        name,
+        f"the device of {other_name} ({other.device})",
+        tensor.device,
+    )

@@ -1,0 +1,99 @@
+"""The three products of the head, with float32 results whatever the operands are.
+
+Operands in float32 (float64) go straight to the BLAS. Half operands are exact in float32: a device
+that multiplies them at full rate into float32 does so, elsewhere they are widened, the weight a
+slab of the vocabulary at a time. Legend: c rows of a chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels.statistics import compute_dtype
+
+# A widened slab of the weight is about this many elements: 32 MiB of float32.
+SLAB_ELEMENTS = 1 << 23
+
+
+@cache
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.mm(half, half, out_dtype=float32)` works on this device; found by trying."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    into = torch.zeros(16, 16, device=device, dtype=torch.float32)
+    try:
+        torch.addmm(into, a, a, out_dtype=torch.float32, out=into)
+        torch.mm(a, a, out_dtype=torch.float32, out=into)
+    except (RuntimeError, TypeError):  # not built for this type, or an older torch
+        return False
+    return bool((into == 16.0).all())
+
+
+def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
+    """The dtype the logits' gradient must have to be an operand of the gradient products."""
+    return operand if multiplies_into_float32(device, operand) else compute_dtype(operand)
+
+
+def project(x: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> None:
+    """out (c, V) = x (c, D) weight' (D, V), both operands rounded to `operand` first."""
+    x = x.to(operand)
+    if multiplies_into_float32(x.device, operand):
+        torch.mm(x, weight.to(operand).t(), out_dtype=torch.float32, out=out)
+        return
+    wide = x.to(out.dtype)
+    for start, slab in _slabs(weight, operand, out.dtype):
+        torch.mm(wide, slab.t(), out=out[:, start : start + slab.shape[0]])
+
+
+def project_gradient(dz: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> None:
+    """out (c, D) = dz (c, V) weight (V, D)."""
+    if dz.dtype == operand and multiplies_into_float32(dz.device, operand):
+        torch.mm(dz, weight.to(operand), out_dtype=torch.float32, out=out)
+        return
+    for start, slab in _slabs(weight, operand, dz.dtype):
+        if start == 0:
+            torch.mm(dz[:, : slab.shape[0]], slab, out=out)
+        else:
+            out.addmm_(dz[:, start : start + slab.shape[0]], slab)
+
+
+def accumulate_weight_gradient(
+    dz: Tensor, x: Tensor, operand: torch.dtype, into: Tensor, *, first: bool
+) -> None:
+    """into (V, D) += dz' (V, c) x (c, D); `first` overwrites what was there."""
+    x = x.to(operand)
+    if dz.dtype == operand and multiplies_into_float32(dz.device, operand):
+        if first:
+            torch.mm(dz.t(), x, out_dtype=torch.float32, out=into)
+        else:
+            torch.addmm(into, dz.t(), x, out_dtype=torch.float32, out=into)
+        return
+    x = x.to(into.dtype)
+    if first:
+        torch.mm(dz.t(), x, out=into)
+    else:
+        into.addmm_(dz.t(), x)
+
+
+def slab_bytes(vocabulary: int, width: int, weight: torch.dtype, operand: torch.dtype) -> int:
+    """Bytes of the widened slab of a (V, D) weight; 0 where none is needed."""
+    wide = compute_dtype(operand)
+    if weight == operand == wide:
+        return 0
+    slab_rows = min(vocabulary, max(1, SLAB_ELEMENTS // max(width, 1)))
+    return slab_rows * width * wide.itemsize
+
+
+def _slabs(weight: Tensor, operand: torch.dtype, wide: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(start, rows of the weight from start on), rounded to `operand` and widened."""
+    if weight.dtype == operand == wide:
+        yield 0, weight
+        return
+    slab_rows = max(1, SLAB_ELEMENTS // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], slab_rows):
+        yield start, weight[start : start + slab_rows].to(operand).to(wide)

@@ -1,0 +1,154 @@
+"""The gradient of logits: from d loss / d (logp, entropy) of pairs to d loss / d logits of rows.
+
+With C the sum of dlogp and E the sum of dentropy of a row's pairs, p the softmax and H the entropy:
+
+    dz_j = -C p_j - E p_j (log p_j + H)                                   (a column nobody targets)
+    dz_t = C_t (1 - p_t) - (C - C_t) p_t - E p_t (log p_t + H)            (C_t: pairs that target t)
+
+The first line is exp(z_j - z_top) * (alpha + beta (z_j - z_top)), one pass over the row; the
+second replaces the few target columns, with 1 - p_t from expm1 so that it keeps its digits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels.dispatch import backend, use_triton
+from rollfuse.kernels.statistics import (
+    FLOOR,
+    RowStatistics,
+    Scratch,
+    Transform,
+    prepare,
+    row_entropy,
+    shift_block,
+)
+
+if backend.name != "cpu":
+    from rollfuse.kernels._triton.gradient import fill_gradient as fill_gradient_triton
+
+
+class Targets(NamedTuple):
+    """Each pair's target inside its slot; (P,) each."""
+
+    slot: Tensor  # int64
+    column: Tensor  # int64, in [0, V)
+    pre: Tensor  # pre(g) of the target
+    logp: Tensor  # log p(target)
+    one_per_slot: bool  # no two pairs share a slot
+
+
+class RowCoefficients(NamedTuple):
+    """What the gradient pass needs."""
+
+    alpha: Tensor  # (S,)
+    beta: Tensor | None  # (S,), None without an entropy gradient
+    slot: Tensor  # (P,) int64
+    column: Tensor  # (P,) int64
+    value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are
+
+
+def row_coefficients(
+    stats: RowStatistics,
+    transform: Transform,
+    targets: Targets,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+) -> RowCoefficients:
+    """Sum the pairs' derivatives (P,) into what each row and each target column gets."""
+    n_slots = stats.top.shape[0]
+    slot, column, pre, logp, _ = targets
+    dead = stats.top == -torch.inf  # a row of -inf gets no gradient
+    by_target, by_row = _sum_by_target(targets, torch.where(dead[slot], 0.0, dlogp), n_slots)
+    total = 1.0 + stats.rest
+    entropy = row_entropy(stats)
+    p = logp.exp()
+    value = by_target * -torch.expm1(logp) - (by_row[slot] - by_target) * p
+    beta = None
+    alpha = -by_row / total
+    if dentropy is not None:
+        row_dentropy = dentropy.new_zeros(n_slots).index_add_(0, slot, dentropy)
+        row_dentropy = torch.where(dead, 0.0, row_dentropy)
+        alpha = alpha - row_dentropy * (entropy - torch.log1p(stats.rest)) / total
+        beta = -row_dentropy / total * transform.factor
+        surprise = torch.where(p > 0, p * (logp + entropy[slot]), 0.0)
+        value = value - row_dentropy[slot] * surprise
+    alpha = alpha * transform.factor
+    value = value * transform.factor[slot]
+    if transform.pre_scale is not None:
+        value = value * ((1.0 - pre * pre) * transform.pre_scale)
+    return RowCoefficients(alpha, beta, slot, column, value)
+
+
+def row_gradient(  # noqa: PLR0913  (one launch: inputs, vectors, output, map)
+    logits: Tensor,
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Write d loss / d logits of the slots into their rows of `out` (R, V), which is returned.
+
+    `out` may be `logits`, or its storage seen in a narrower dtype (each row in place); rows of no
+    slot are left alone. No row may hold two slots.
+    """
+    if use_triton(logits):
+        fill_gradient_triton(logits, transform, stats, coefficients, out, rows)
+    else:
+        fill_gradient_torch(logits, transform, stats, coefficients, out, rows)
+    row = coefficients.slot if rows is None else rows[coefficients.slot]
+    out[row, coefficients.column] = coefficients.value.to(out.dtype)
+    return out
+
+
+def fill_gradient_torch(  # noqa: PLR0913
+    logits: Tensor,
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    rows: Tensor | None,
+) -> None:
+    """The columns nobody targets; the target columns get a value that is replaced afterwards."""
+    n_slots = stats.top.shape[0]
+    scratch = Scratch(logits, n_slots)
+    for start, stop in scratch.blocks(n_slots):
+        part = transform.rows(start, stop)
+        where = slice(start, stop) if rows is None else rows[start:stop]
+        pre = prepare(logits[where], part)
+        shifted = shift_block(pre, stats.top[start:stop], part, scratch.first)
+        exps = torch.exp(shifted, out=scratch.second[: stop - start])
+        slope = coefficients.alpha[start:stop].unsqueeze(1)
+        if coefficients.beta is not None:
+            shifted.clamp_(min=FLOOR).mul_(coefficients.beta[start:stop].unsqueeze(1))
+            slope = shifted.add_(slope)
+        gradient = exps.mul_(slope)
+        if transform.pre_scale is not None:
+            gradient.mul_((1.0 - pre * pre) * transform.pre_scale)
+        out[where] = gradient.to(out.dtype)
+
+
+def _sum_by_target(targets: Targets, dlogp: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
+    """Sums of dlogp (P,): over the pairs that share slot and column, and (S,) over the slot.
+
+    The slot's sum adds up the columns' sums, so that `row sum - own sum` is exactly 0 where all
+    pairs of a row have one target, as in a plain sequence.
+    """
+    slot = targets.slot
+    by_row = dlogp.new_zeros(n_slots)
+    if targets.one_per_slot:
+        return dlogp, by_row.index_copy_(0, slot, dlogp)
+    # Sort by slot, then column: pairs of one target become neighbours (both sorts are stable).
+    order = targets.column.argsort(stable=True)
+    order = order[slot[order].argsort(stable=True)]
+    sorted_slot, sorted_column = slot[order], targets.column[order]
+    leads = torch.ones_like(slot, dtype=torch.bool)
+    leads[1:] = (sorted_slot.diff() != 0) | (sorted_column.diff() != 0)
+    group = leads.long().cumsum(0) - 1
+    sums = torch.zeros_like(dlogp).index_add_(0, group, dlogp[order])[group]
+    by_row.index_add_(0, sorted_slot, torch.where(leads, sums, 0.0))
+    return torch.empty_like(sums).index_copy_(0, order, sums), by_row

@@ -1,0 +1,188 @@
+"""Plans: how an op spends FLOPs and bytes, chosen from what is declared and from a byte budget.
+
+    plan       legal for                                      FLOPs        held until backward
+    fused      token-local objectives                         6TDV (4TDV)  the gradients themselves
+    unit       any objective, head without gradient           4TDV         (T, D) unit gradients
+    recompute  any objective                                  8TDV (6TDV)  statistics
+
+T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. One chunk of
+`chunk_rows` rows of float32 logits exists at a time. Peak bytes above inputs and returned gradients:
+
+    chunk_rows * V * w + blocks + slab + chunk_rows * D * w + [accumulators] + [held] + 64 * (P + T)
+
+with w = 4 (8 in float64); see `peak_bytes` for each term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.gemm import gradient_dtype, slab_bytes
+from rollfuse.kernels.statistics import Scratch, compute_dtype
+
+Kind = Literal["fused", "unit", "recompute"]
+Dropped = Literal["skip", "score"]
+
+# Rows of a chunk where no budget is given: products of fewer rows run below the BLAS's rate
+# (measured on a CPU: 256 rows cost 14 % more than 512), more rows cost memory for nothing.
+_CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+# A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
+_LEAST_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A request: None leaves the choice to the op.
+
+    Args:
+        kind: see the table in this module.
+        budget_bytes: bound on the bytes above inputs and returned gradients.
+        dropped: what pairs without gradient get: "skip" leaves their logp NaN and computes nothing,
+            "score" computes their logp and entropy (2TDV each).
+    """
+
+    kind: Kind | None = None
+    budget_bytes: int | None = None
+    dropped: Dropped = "skip"
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in get_args(Kind):
+            raise ValueError(f"plan: need one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.dropped not in get_args(Dropped):
+            raise ValueError(
+                f"dropped: need one of {', '.join(get_args(Dropped))}, got {self.dropped!r}"
+            )
+        if self.budget_bytes is not None:
+            checks.need(self.budget_bytes > 0, "budget_bytes", "a value > 0", self.budget_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The sizes and needs a plan is chosen for."""
+
+    n_slots: int
+    n_pairs: int
+    n_active: int
+    width: int
+    vocabulary: int
+    operand: torch.dtype
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    device: torch.device
+    needs_hidden: bool
+    needs_weight: bool
+    token_local: bool
+
+    @property
+    def item(self) -> int:
+        return compute_dtype(self.operand).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What an op will do, or did.
+
+    kind and reason; rows in a chunk and number of chunks; pairs, and those with a gradient; slots
+    (rows at one temperature) computed; bytes above inputs and returned gradients; FLOPs of the
+    products.
+    """
+
+    kind: Kind
+    reason: str
+    chunk_rows: int
+    n_chunks: int
+    pairs: int
+    active_pairs: int
+    slots: int
+    peak_bytes: int
+    flops: int
+
+
+def choose(problem: Problem, plan: Plan) -> PlanReport:
+    """The plan for a problem.
+
+    Raises:
+        ValueError: the requested kind is not legal here, or the budget is too small.
+    """
+    kind, reason = _choose_kind(problem, plan.kind)
+    fixed, a_row = _fixed_bytes(problem, kind), _row_bytes(problem)
+    rows = max(1, min(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512)))
+    if plan.budget_bytes is not None:
+        least = fixed + min(_LEAST_ROWS, rows) * a_row
+        checks.need(
+            plan.budget_bytes >= least,
+            "budget_bytes",
+            f"at least {least} bytes for the {kind} plan ({fixed} fixed, {a_row} a row)",
+            plan.budget_bytes,
+        )
+        rows = min(rows, (plan.budget_bytes - fixed) // a_row)
+    n_chunks = -(-problem.n_slots // rows)
+    if n_chunks:
+        rows = -(-problem.n_slots // n_chunks)
+    return PlanReport(
+        kind,
+        reason,
+        rows,
+        n_chunks,
+        problem.n_pairs,
+        problem.n_active,
+        problem.n_slots,
+        fixed + rows * a_row,
+        _flops(problem, kind),
+    )
+
+
+def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
+    if requested == "fused" and not problem.token_local:
+        raise ValueError(
+            "plan: 'fused' needs a token-local objective (see token_local), got a coupled one, "
+            "whose derivatives exist only after all rows; use 'recompute'"
+        )
+    if requested == "unit" and problem.needs_weight:
+        raise ValueError(
+            "plan: 'unit' needs a head without gradient, got one that requires grad; "
+            "use 'recompute' or 'fused'"
+        )
+    if requested is not None:
+        return requested, "requested"
+    if problem.token_local:
+        return "fused", "the objective is token-local: gradients are made in the forward"
+    if not problem.needs_weight and problem.needs_hidden:
+        return "unit", "coupled derivatives and a head without gradient: unit gradients are held"
+    return "recompute", "derivatives are known only after all rows: logits are made twice"
+
+
+def _row_bytes(problem: Problem) -> int:
+    """Bytes that grow with the rows of a chunk: its logits, its hidden rows, their gradient."""
+    rows_of_hidden = 1 + int(problem.needs_hidden)
+    return problem.item * (problem.vocabulary + rows_of_hidden * problem.width)
+
+
+def _fixed_bytes(problem: Problem, kind: Kind) -> int:
+    """Bytes that do not: blocks, a slab, accumulators that are not returned, vectors."""
+    item, wide = problem.item, compute_dtype(problem.operand)
+    total = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
+    if problem.device.type == "cpu":
+        total += Scratch.n_bytes(problem.vocabulary, item)
+    if gradient_dtype(problem.device, problem.operand) != wide:
+        # Products at the half type's own rate: the whole weight is rounded once, if it must be.
+        same = problem.weight_dtype == problem.operand
+        total = 0 if same else problem.vocabulary * problem.width * problem.operand.itemsize
+    if problem.needs_weight and problem.weight_dtype != wide:
+        total += problem.vocabulary * problem.width * item
+    if kind == "unit":
+        total += problem.n_slots * problem.width * item
+    return total + 64 * (problem.n_pairs + problem.n_slots)
+
+
+def _flops(problem: Problem, kind: Kind) -> int:
+    product = 2 * problem.n_slots * problem.width * problem.vocabulary
+    gradients = int(problem.needs_hidden) + int(problem.needs_weight)
+    if not gradients:
+        return product
+    again = int(kind == "recompute")
+    return product * (1 + again + gradients)

@@ -1,0 +1,313 @@
+"""policy_loss and linear_policy_loss: an objective of logp and entropy, and its gradient.
+
+Token-local objectives go through the head once (plan `fused`): logits of a chunk, statistics,
+objective and its derivatives on the chunk's vectors, gradient of the logits in place, dX and dW.
+Others take `linear_logp_entropy` and ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.batch import TokenBatch
+from rollfuse.kernels.from_logits import logp_entropy_over_layout
+from rollfuse.kernels.head import Head, as_head, flatten_hidden
+from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over
+from rollfuse.kernels.layout import Layout, Request, build_layout
+from rollfuse.kernels.linear import (
+    LogpEntropy,
+    describe,
+    linear_logp_entropy,
+    linear_over_layout,
+    make_inputs,
+    need_targets_below,
+    needed_gradients,
+)
+from rollfuse.kernels.objective import (
+    Objective,
+    TokenLocal,
+    active_pairs,
+    evaluate,
+    weighted_loss,
+)
+from rollfuse.kernels.plan import Plan, PlanReport, choose
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """What a policy loss returns.
+
+    loss: () sum of weights * objective, differentiable. logp, entropy: (P,) nats, detached, NaN
+    where not computed. computed: (P,) bool. diagnostics: the plan that ran. bad: () bool, True if
+    a value of the batch was wrong.
+    """
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    computed: Tensor
+    diagnostics: PlanReport
+    bad: Tensor
+
+    def check(self) -> None:
+        """Raise ValueError if a value of the batch was wrong. Waits for the device.
+
+        Batches on the CPU are checked when they are built; on a device the test runs along with
+        the op, and under ROLLFUSE_CHECK=1 the ops call this themselves.
+        """
+        if bool(self.bad):
+            raise ValueError(
+                "batch: need targets in [0, V), finite weights and advantages, log-probs that are "
+                "not NaN, temperatures > 0 and rows >= 0; got a value that is not"
+            )
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    head: Head | Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    plan: Plan = Plan(),
+) -> PolicyLoss:
+    """sum(batch.weights * objective(logp, entropy, batch)), straight from hidden states and head.
+
+    Equal to `linear_logp_entropy` followed by the objective and the weighted sum, but pairs that
+    cannot have a gradient are never computed and token-local objectives pass the head once.
+
+    Args:
+        hidden: (R, D) or (B, L, D); row batch.rows[p] predicts batch.targets[p].
+        head: the LM head, or its (V, D) weight.
+        batch: P pairs; see TokenBatch.
+        objective: `grpo()`, ..., or any function (logp (P,), entropy (P,), batch) -> (P,).
+        plan: see Plan; `explain` tells what would run.
+
+    Returns:
+        PolicyLoss; an empty batch, or one without active pairs, has loss 0 and zero gradients.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes, devices, values, plan, or too small a budget.
+    """
+    head = as_head(head)
+    hidden = flatten_hidden(hidden, head)
+    layout, report = _plan(hidden, head, batch, objective, plan)
+    inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
+    if report.kind == "fused":
+        call = _Call(inputs, report, needed_gradients(hidden, head), batch, objective)
+        loss, *values = _FusedPolicyLoss.apply(hidden, head.weight, head.bias, call)
+        found = LogpEntropy(*values)
+        result = _result(loss, found, batch, layout, report, head.vocabulary)
+    else:
+        found = linear_over_layout(hidden, head, inputs, report)
+        result = _loss_of_selected(found, batch, objective, layout, report, head.vocabulary)
+    if plan.dropped == "score" and layout.n_pairs < len(batch):
+        result = _score_dropped(result, hidden, head, batch, plan)
+    return _checked(result)
+
+
+def explain(
+    hidden: Tensor,
+    head: Head | Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    plan: Plan = Plan(),
+) -> PlanReport:
+    """What `linear_policy_loss` would do with these arguments, without running it."""
+    head = as_head(head)
+    return _plan(flatten_hidden(hidden, head), head, batch, objective, plan)[1]
+
+
+def policy_loss(
+    logits: Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    overwrite_logits: bool = False,
+) -> PolicyLoss:
+    """sum(batch.weights * objective(logp, entropy, batch)) from logits that exist already.
+
+    Args:
+        logits: (R, V) or (B, L, V); row batch.rows[p] predicts batch.targets[p].
+        batch, objective: as in `linear_policy_loss`.
+        overwrite_logits: the backward writes the gradient over the logits, whose values are lost;
+            it saves their size in memory. The logits must not be a leaf or used elsewhere.
+
+    Returns:
+        PolicyLoss, differentiable in logits.
+    """
+    checks.need_float(logits, "logits")
+    checks.need(logits.dim() >= 2, "logits", "shape (R, V) or (B, L, V)", tuple(logits.shape))
+    flat = logits.reshape(-1, logits.shape[-1])
+    layout = _layout(flat, batch, objective, flat.shape[1], slot_per_pair=False)
+    found = logp_entropy_over_layout(
+        flat, layout, batch.targets, batch.temperature, overwrite=overwrite_logits
+    )
+    report = PlanReport(
+        kind="recompute",
+        reason="the logits exist",
+        chunk_rows=flat.shape[0],
+        n_chunks=1,
+        pairs=len(batch),
+        active_pairs=layout.n_pairs,
+        slots=layout.n_slots,
+        peak_bytes=0 if overwrite_logits else flat.nbytes,
+        flops=0,
+    )
+    return _checked(_loss_of_selected(found, batch, objective, layout, report, flat.shape[1]))
+
+
+def _plan(
+    hidden: Tensor, head: Head, batch: TokenBatch, objective: Objective, plan: Plan
+) -> tuple[Layout, PlanReport]:
+    local = isinstance(objective, TokenLocal)
+    width = head.vocabulary
+    layout = _layout(hidden, batch, objective, width, slot_per_pair=plan.kind == "unit")
+    problem = describe(hidden, head, layout, len(batch), token_local=local)
+    report = choose(problem, plan)
+    if report.kind == "unit" and not layout.one_per_slot:
+        # A unit gradient belongs to one pair: give each its own slot.
+        layout = _layout(hidden, batch, objective, width, slot_per_pair=True)
+        report = choose(describe(hidden, head, layout, len(batch), token_local=local), plan)
+    return layout, report
+
+
+def _layout(
+    rows_of: Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    vocabulary: int,
+    *,
+    slot_per_pair: bool,
+) -> Layout:
+    """The layout of the active pairs over the rows of hidden states or logits."""
+    checks.need_same_device(batch.targets, rows_of, "batch", "hidden")
+    source = batch.host or batch
+    need_targets_below(source.targets, vocabulary)
+    active = active_pairs(objective, source)
+    request = Request(
+        len(batch), rows_of.shape[0], source.rows, source.temperature, active, slot_per_pair
+    )
+    return build_layout(request, rows_of.device)
+
+
+def _loss_of_selected(  # noqa: PLR0913
+    found: LogpEntropy,
+    batch: TokenBatch,
+    objective: Objective,
+    layout: Layout,
+    report: PlanReport,
+    vocabulary: int,
+) -> PolicyLoss:
+    """The loss of (A,) values in layout order: the objective sees them in the batch's order."""
+    logp, entropy = (layout.spread(values, len(batch), torch.nan) for values in found)
+    if layout.n_pairs == len(batch):
+        loss = weighted_loss(objective, logp, entropy, batch)
+    else:
+        assert layout.pairs is not None
+        keep = layout.pairs.sort().values
+        loss = weighted_loss(objective, logp[keep], entropy[keep], batch.keep(keep))
+    return _result(loss, found, batch, layout, report, vocabulary)
+
+
+def _result(  # noqa: PLR0913
+    loss: Tensor,
+    found: LogpEntropy,
+    batch: TokenBatch,
+    layout: Layout,
+    report: PlanReport,
+    vocabulary: int,
+) -> PolicyLoss:
+    logp, entropy = (layout.spread(v.detach(), len(batch), torch.nan) for v in found)
+    ones = torch.ones(layout.n_pairs, device=batch.device)
+    computed = layout.spread(ones, len(batch), 0.0) != 0
+    bad = batch.any_bad_value() | (batch.targets >= vocabulary).any()
+    return PolicyLoss(loss, logp, entropy, computed, report, bad)
+
+
+def _score_dropped(
+    result: PolicyLoss, hidden: Tensor, head: Head, batch: TokenBatch, plan: Plan
+) -> PolicyLoss:
+    """`result` with logp and entropy of the pairs that were not computed."""
+    index = (~result.computed).nonzero().squeeze(1)
+    with torch.no_grad():
+        scored = linear_logp_entropy(
+            hidden,
+            head,
+            batch.targets[index],
+            rows=index if batch.rows is None else batch.rows[index],
+            temperature=batch.temperature
+            if not isinstance(batch.temperature, Tensor)
+            else batch.temperature[index],
+            plan=Plan("recompute", plan.budget_bytes),
+        )
+    return replace(
+        result,
+        logp=result.logp.index_copy(0, index, scored.logp),
+        entropy=result.entropy.index_copy(0, index, scored.entropy),
+        computed=torch.ones_like(result.computed),
+    )
+
+
+def _checked(result: PolicyLoss) -> PolicyLoss:
+    if os.environ.get("ROLLFUSE_CHECK") == "1":
+        result.check()
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    inputs: Inputs
+    report: PlanReport
+    needs: tuple[bool, bool, bool]
+    batch: TokenBatch
+    objective: Objective
+
+
+class _FusedPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, found, gradients = _fused_forward(call)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*found)
+        return loss, *found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        buffers = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(hand_over(buffer, upstream, dtype) for buffer, dtype in buffers), None)
+
+
+def _fused_forward(
+    call: _Call,
+) -> tuple[Tensor, LogpEntropy, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(loss (), (A,) values in layout order, (dX, dW, dbias) for an upstream of 1)."""
+    layout = call.inputs.layout
+    run = HeadPass(call.inputs, call.report.chunk_rows)
+    sink = GradientSink(run, call.needs)
+    loss = run.workspace.new_zeros((), dtype=torch.float64)
+    logp = run.workspace.new_empty(layout.n_pairs)
+    entropy = torch.empty_like(logp)
+    for chunk in layout.chunks(call.report.chunk_rows):
+        x = run.hidden_rows(chunk)
+        logits = run.project(chunk, x)
+        scored = run.score(chunk, logits)
+        pairs = slice(chunk.first, chunk.last)
+        logp[pairs], entropy[pairs] = scored.targets.logp, scored.entropy
+        index = layout.slot if layout.pairs is None else layout.pairs
+        part = call.batch.select(index[pairs])
+        value = evaluate(call.objective, scored.targets.logp, scored.entropy, part)
+        loss += value.loss
+        if any(call.needs):
+            dz, scale = run.gradient(logits, scored, value.dlogp, value.dentropy)
+            sink.add(chunk, dz, x, scale)
+    return loss.to(logp.dtype), LogpEntropy(logp, entropy), sink.collected()

@@ -1,0 +1,171 @@
+"""Row statistics: all that a row of logits must tell for log-probs, entropy and their gradients.
+
+A logit g becomes z = factor * pre(g) with pre(g) = g + bias, or tanh(pre_scale * (g + bias)) under
+a softcap: one monotone map a row, so the maximum is found before it and distances to the maximum
+are subtracted before they are scaled. Legend: R logits rows, S slots (a row at one temperature),
+P pairs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels.dispatch import backend, use_triton
+
+if backend.name != "cpu":
+    from rollfuse.kernels._triton.statistics import row_statistics as row_statistics_triton
+
+# Rows are handled in blocks of about this many elements: 1 MiB of float32 stays in a core's cache.
+_BLOCK_ELEMENTS = 1 << 18
+# Stands for -inf after the shift: its exponential is 0 and its products stay finite.
+FLOOR = -1e30
+
+
+class Transform(NamedTuple):
+    """From a logit g to the z of the softmax: z = factor * pre(g)."""
+
+    factor: Tensor  # (S,) > 0, scale / temperature, or softcap / temperature
+    bias: Tensor | None = None  # (V,)
+    pre_scale: float | None = None  # scale / softcap under a softcap
+
+    def rows(self, start: int, stop: int) -> Transform:
+        return self._replace(factor=self.factor[start:stop])
+
+
+class RowStatistics(NamedTuple):
+    """Per slot; float32, or float64 for float64 logits."""
+
+    top: Tensor  # (S,) largest pre(g); -inf where the whole row is
+    index: Tensor  # (S,) int64, its column
+    rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns
+    spread: Tensor  # (S,) sum of exp(z - z_top) * (z_top - z)
+
+    def rows(self, start: int, stop: int) -> RowStatistics:
+        return RowStatistics(*(field[start:stop] for field in self))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, statistics and gradients inside the ops: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_statistics(
+    logits: Tensor, transform: Transform, rows: Tensor | None = None
+) -> RowStatistics:
+    """Statistics of the slots of `logits` (R, V); slot s is row rows[s], or row s."""
+    if use_triton(logits):
+        return row_statistics_triton(logits, transform, rows)
+    return row_statistics_torch(logits, transform, rows)
+
+
+def row_statistics_torch(
+    logits: Tensor, transform: Transform, rows: Tensor | None = None
+) -> RowStatistics:
+    n_slots, dtype = transform.factor.shape[0], compute_dtype(logits.dtype)
+    stats = RowStatistics(
+        logits.new_empty(n_slots, dtype=dtype),
+        logits.new_empty(n_slots, dtype=torch.int64),
+        logits.new_empty(n_slots, dtype=dtype),
+        logits.new_empty(n_slots, dtype=dtype),
+    )
+    scratch = Scratch(logits, n_slots)
+    for start, stop in scratch.blocks(n_slots):
+        part = transform.rows(start, stop)
+        pre = prepare(_take(logits, rows, start, stop), part)
+        top = pre.amax(1)
+        index = pre.argmax(1, keepdim=True)
+        shifted = shift_block(pre, top, part, scratch.first)
+        exps = torch.exp(shifted, out=scratch.second[: stop - start]).scatter_(1, index, 0.0)
+        spread = -torch.linalg.vecdot(exps, shifted)
+        if bool(spread.isnan().any()):  # 0 * inf at -inf logits; true NaNs survive the clamp
+            spread = -torch.linalg.vecdot(exps, shifted.clamp_(min=FLOOR))
+        stats.top[start:stop] = top
+        stats.index[start:stop] = index.squeeze(1)
+        stats.rest[start:stop] = exps.sum(1)
+        stats.spread[start:stop] = spread
+    return stats
+
+
+class Scratch:
+    """Two block-sized buffers, reused for every block of rows."""
+
+    def __init__(self, logits: Tensor, n_slots: int) -> None:
+        width = logits.shape[1]
+        self.block_rows = max(1, min(n_slots, _BLOCK_ELEMENTS // max(width, 1)))
+        dtype = compute_dtype(logits.dtype)
+        self.first = logits.new_empty((self.block_rows, width), dtype=dtype)
+        self.second = torch.empty_like(self.first)
+
+    def blocks(self, n_slots: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, n_slots, self.block_rows):
+            yield start, min(start + self.block_rows, n_slots)
+
+    @staticmethod
+    def n_bytes(width: int, itemsize: int) -> int:
+        """Bytes of both buffers for rows of `width` columns."""
+        return 2 * max(width, _BLOCK_ELEMENTS // max(width, 1) * width) * itemsize
+
+
+def prepare(logits: Tensor, transform: Transform) -> Tensor:
+    """pre(g) of a block of rows; `logits` itself where there is nothing to do."""
+    pre = logits.to(compute_dtype(logits.dtype))
+    if transform.bias is not None:
+        pre = pre + transform.bias
+    if transform.pre_scale is not None:
+        pre = torch.tanh(pre * transform.pre_scale)
+    return pre
+
+
+def shift_block(pre: Tensor, top: Tensor, transform: Transform, out: Tensor) -> Tensor:
+    """z - z_top of a block of rows, into the first rows of `out`."""
+    shifted = torch.sub(pre, _finite(top).unsqueeze(1), out=out[: pre.shape[0]])
+    return shifted.mul_(transform.factor.unsqueeze(1))
+
+
+def target_shift(
+    logits: Tensor, stats: RowStatistics, transform: Transform, pairs: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(pre (P,), z - z_top (P,)) of each pair's target; pairs = (row, slot, target), each (P,)."""
+    row, slot, target = pairs
+    pre = logits[row, target].to(stats.top.dtype)
+    if transform.bias is not None:
+        pre = pre + transform.bias[target]
+    if transform.pre_scale is not None:
+        pre = torch.tanh(pre * transform.pre_scale)
+    return pre, (pre - _finite(stats.top)[slot]) * transform.factor[slot]
+
+
+def target_logp(stats: RowStatistics, shifted: Tensor, slot: Tensor, target: Tensor) -> Tensor:
+    """log p(target) (P,) in nats from `shifted` = z_target - z_top (P,).
+
+    logp = -softplus(log(sum over the others of exp(z - z_top)) - shifted): the target is left out
+    of the sum, so that 1 - p keeps its digits however confident the row is.
+    """
+    is_top = target == stats.index[slot]
+    rest = stats.rest[slot]
+    # The top column's own exponential is 1; subtracting another one from 1 + rest loses nothing.
+    others = torch.where(is_top, rest, 1.0 + (rest - shifted.exp()).clamp_min(0.0))
+    logp = -torch.logaddexp(others.log() - shifted, torch.zeros_like(shifted))
+    forbidden = (shifted <= FLOOR) | (stats.top[slot] == -torch.inf)
+    return torch.where(forbidden, -torch.inf, logp)
+
+
+def row_entropy(stats: RowStatistics) -> Tensor:
+    """Entropy (S,) in nats, centred at the maximum: a sum of positive terms, without cancellation.
+
+    0 where the whole row is -inf.
+    """
+    return torch.log1p(stats.rest) + stats.spread / (1.0 + stats.rest)
+
+
+def _take(logits: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+    return logits[start:stop] if rows is None else logits[rows[start:stop]]
+
+
+def _finite(top: Tensor) -> Tensor:
+    """`top` with 0 for -inf, so that a row of -inf shifts to -inf and not to NaN."""
+    return torch.where(top == -torch.inf, 0.0, top)
