@@ -15,10 +15,8 @@ from rollfuse.kernels import checks
 from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.linear import LogpEntropy, check_pair_vectors, need_targets_below
+from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
-    RowStatistics,
-    Transform,
-    compute_dtype,
     row_entropy,
     row_statistics,
     target_logp,

@@ -13,10 +13,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rollfuse.kernels.statistics import compute_dtype
+from rollfuse.kernels.rows import compute_dtype
 
 # A widened slab of the weight is about this many elements: 32 MiB of float32.
 SLAB_ELEMENTS = 1 << 23
+
+
+# Half operands, float32 result: only some devices have them, so tests put emulations here.
+half_mm, half_addmm = torch.mm, torch.addmm
 
 
 @cache
@@ -43,7 +47,7 @@ def project(x: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> Non
     """out (c, V) = x (c, D) weight' (D, V), both operands rounded to `operand` first."""
     x = x.to(operand)
     if multiplies_into_float32(x.device, operand):
-        torch.mm(x, weight.to(operand).t(), out_dtype=torch.float32, out=out)
+        half_mm(x, weight.to(operand).t(), out_dtype=torch.float32, out=out)
         return
     wide = x.to(out.dtype)
     for start, slab in _slabs(weight, operand, out.dtype):
@@ -53,7 +57,7 @@ def project(x: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> Non
 def project_gradient(dz: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> None:
     """out (c, D) = dz (c, V) weight (V, D)."""
     if dz.dtype == operand and multiplies_into_float32(dz.device, operand):
-        torch.mm(dz, weight.to(operand), out_dtype=torch.float32, out=out)
+        half_mm(dz, weight.to(operand), out_dtype=torch.float32, out=out)
         return
     for start, slab in _slabs(weight, operand, dz.dtype):
         if start == 0:
@@ -69,9 +73,9 @@ def accumulate_weight_gradient(
     x = x.to(operand)
     if dz.dtype == operand and multiplies_into_float32(dz.device, operand):
         if first:
-            torch.mm(dz.t(), x, out_dtype=torch.float32, out=into)
+            half_mm(dz.t(), x, out_dtype=torch.float32, out=into)
         else:
-            torch.addmm(into, dz.t(), x, out_dtype=torch.float32, out=into)
+            half_addmm(into, dz.t(), x, out_dtype=torch.float32, out=into)
         return
     x = x.to(into.dtype)
     if first:

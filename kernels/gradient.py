@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels.dispatch import backend, use_triton
+from rollfuse.kernels.rows import FLOOR, RowCoefficients, RowStatistics, Transform
 from rollfuse.kernels.statistics import (
-    FLOOR,
-    RowStatistics,
     Scratch,
-    Transform,
     prepare,
     row_entropy,
     shift_block,
@@ -39,16 +37,6 @@ class Targets(NamedTuple):
     pre: Tensor  # pre(g) of the target
     logp: Tensor  # log p(target)
     one_per_slot: bool  # no two pairs share a slot
-
-
-class RowCoefficients(NamedTuple):
-    """What the gradient pass needs."""
-
-    alpha: Tensor  # (S,)
-    beta: Tensor | None  # (S,), None without an entropy gradient
-    slot: Tensor  # (P,) int64
-    column: Tensor  # (P,) int64
-    value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are
 
 
 def row_coefficients(
@@ -96,7 +84,7 @@ def row_gradient(  # noqa: PLR0913  (one launch: inputs, vectors, output, map)
     `out` may be `logits`, or its storage seen in a narrower dtype (each row in place); rows of no
     slot are left alone. No row may hold two slots.
     """
-    if use_triton(logits):
+    if use_triton(logits) and logits.dtype != torch.float64:
         fill_gradient_triton(logits, transform, stats, coefficients, out, rows)
     else:
         fill_gradient_torch(logits, transform, stats, coefficients, out, rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.statistics import Transform
+from rollfuse.kernels.rows import Transform
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,8 @@ from rollfuse.kernels import gemm
 from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
 from rollfuse.kernels.head import Head
 from rollfuse.kernels.layout import Chunk, Layout
+from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
-    RowStatistics,
-    Transform,
-    compute_dtype,
     row_entropy,
     row_statistics,
     target_logp,

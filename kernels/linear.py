@@ -18,7 +18,7 @@ from rollfuse.kernels.head import Head, as_head, flatten_hidden, operand_dtype
 from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.plan import Plan, PlanReport, Problem, choose
-from rollfuse.kernels.statistics import RowStatistics
+from rollfuse.kernels.rows import RowStatistics, compute_dtype
 
 
 class LogpEntropy(NamedTuple):
@@ -191,19 +191,18 @@ def make_inputs(
     hidden: Tensor, head: Head, layout: Layout, targets: Tensor, temperature: Tensor | float
 ) -> Inputs:
     """Detached inputs of a pass over `layout`; targets and temperature (P,) in the batch's order."""
+    operand = operand_dtype(hidden, head)
+    wide = compute_dtype(operand)
     if isinstance(temperature, Tensor):
-        of_slots = layout.of_slots(layout.pick(temperature.float()))
+        of_slots = layout.of_slots(layout.pick(temperature.to(wide)))
     else:
-        of_slots = torch.full((layout.n_slots,), float(temperature), device=hidden.device)
+        of_slots = hidden.new_full((layout.n_slots,), float(temperature), dtype=wide)
     detached = Head(
         head.weight.detach(),
         None if head.bias is None else head.bias.detach(),
         head.scale,
         head.softcap,
     )
-    operand = operand_dtype(hidden, head)
-    if operand == torch.float64:
-        of_slots = of_slots.double()
     return Inputs(hidden.detach(), detached, operand, layout, layout.pick(targets.long()), of_slots)
 
 

@@ -80,7 +80,7 @@ def noise_words(keys: Tensor, tokens: Tensor) -> Tensor:
     """
     low = keys.to(torch.int32).unsqueeze(-1)
     high = (keys >> 32).to(torch.int32).unsqueeze(-1)
-    # x ^ x >> 16 distributes over the xor with the key, so its token part is made once for all rows.
+    # x ^ x >> 16 distributes over the xor with the key: its token part serves all rows.
     x = _fold(tokens.to(torch.int32) * _signed(TOKEN_STEP, 32), 16) ^ _fold(low, 16)
     x = x.mul_(MIX_1).add_(high)
     x = _fold_(x, 15).mul_(_signed(MIX_2, 32))

@@ -22,7 +22,8 @@ import torch
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.gemm import gradient_dtype, slab_bytes
-from rollfuse.kernels.statistics import Scratch, compute_dtype
+from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.statistics import Scratch
 
 Kind = Literal["fused", "unit", "recompute"]
 Dropped = Literal["skip", "score"]

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.dispatch import use_triton
+from rollfuse.kernels.dispatch import backend, use_triton
 from rollfuse.kernels.noise import Purpose, gumbels, noise_words, row_keys
+from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
-    RowStatistics,
-    Transform,
-    compute_dtype,
     row_entropy,
     row_statistics_torch,
     target_logp,
     target_shift,
 )
+
+if backend.name != "cpu":
+    from rollfuse.kernels._triton.sampling import draw_tokens as draw_tokens_triton
 
 # Logits per block of rows on the PyTorch path: small enough for a core's cache, large enough that
 # the cost of calling an operation vanishes. The path holds about six of them.
@@ -108,15 +109,13 @@ def sample_tokens(
         inverse = _inverse_temperature(sampling.temperature, logits)
         # float64 serves checks; the kernels work in float32.
         if use_triton(logits) and logits.dtype != torch.float64:
-            from rollfuse.kernels._triton.sampling import draw_tokens
-
-            ids, stats = draw_tokens(logits, streams, positions, inverse)
+            ids, stats = draw_tokens_triton(logits, streams, positions, inverse)
         else:
-            ids, stats = _draw_torch(logits, streams, positions, inverse)
+            ids, stats = draw_tokens_torch(logits, streams, positions, inverse)
         return _finish(logits, inverse, ids, stats)
 
 
-def _draw_torch(
+def draw_tokens_torch(
     logits: Tensor, streams: Tensor, positions: Tensor, inverse: Tensor
 ) -> tuple[Tensor, RowStatistics]:
     """Ids (N,) and the rows' statistics."""

@@ -1,63 +1,27 @@
-"""Row statistics: all that a row of logits must tell for log-probs, entropy and their gradients.
-
-A logit g becomes z = factor * pre(g) with pre(g) = g + bias, or tanh(pre_scale * (g + bias)) under
-a softcap: one monotone map a row, so the maximum is found before it and distances to the maximum
-are subtracted before they are scaled. Legend: R logits rows, S slots (a row at one temperature),
-P pairs, V vocabulary.
-"""
+"""Row statistics: all that a row of logits must tell for log-probs, entropy and their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rollfuse.kernels.dispatch import backend, use_triton
+from rollfuse.kernels.rows import FLOOR, RowStatistics, Transform, compute_dtype
 
 if backend.name != "cpu":
     from rollfuse.kernels._triton.statistics import row_statistics as row_statistics_triton
 
 # Rows are handled in blocks of about this many elements: 1 MiB of float32 stays in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
-# Stands for -inf after the shift: its exponential is 0 and its products stay finite.
-FLOOR = -1e30
-
-
-class Transform(NamedTuple):
-    """From a logit g to the z of the softmax: z = factor * pre(g)."""
-
-    factor: Tensor  # (S,) > 0, scale / temperature, or softcap / temperature
-    bias: Tensor | None = None  # (V,)
-    pre_scale: float | None = None  # scale / softcap under a softcap
-
-    def rows(self, start: int, stop: int) -> Transform:
-        return self._replace(factor=self.factor[start:stop])
-
-
-class RowStatistics(NamedTuple):
-    """Per slot; float32, or float64 for float64 logits."""
-
-    top: Tensor  # (S,) largest pre(g); -inf where the whole row is
-    index: Tensor  # (S,) int64, its column
-    rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns
-    spread: Tensor  # (S,) sum of exp(z - z_top) * (z_top - z)
-
-    def rows(self, start: int, stop: int) -> RowStatistics:
-        return RowStatistics(*(field[start:stop] for field in self))
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, statistics and gradients inside the ops: float32, or float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_statistics(
     logits: Tensor, transform: Transform, rows: Tensor | None = None
 ) -> RowStatistics:
     """Statistics of the slots of `logits` (R, V); slot s is row rows[s], or row s."""
-    if use_triton(logits):
+    if use_triton(logits) and logits.dtype != torch.float64:
         return row_statistics_triton(logits, transform, rows)
     return row_statistics_torch(logits, transform, rows)
 

@@ -1,18 +1,14 @@
 """The kernel of `rollfuse.kernels.sampling`: a program owns a row and passes over it once."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from rollfuse.kernels._triton.compile import CompileCase
 from rollfuse.kernels._triton.noise import MAX_GUMBEL, gumbels, noise_words, row_key
+from rollfuse.kernels._triton.rows import join_block, on_device_of
 from rollfuse.kernels.noise import Purpose
-from rollfuse.kernels.statistics import FLOOR as STATISTICS_FLOOR
-from rollfuse.kernels.statistics import RowStatistics
-
-FLOOR = tl.constexpr(STATISTICS_FLOOR)
+from rollfuse.kernels.rows import RowStatistics
 
 # (largest BLOCK, warps): a small vocabulary is one block, a large one a loop.
 _LAUNCH = ((256, 1), (1024, 4), (2048, 8))
@@ -33,7 +29,6 @@ def _sample_kernel(
     inverse = tl.load(inverse_temperature + row * stride_temperature)
     key = row_key(tl.load(streams + row), tl.load(positions + row).to(tl.int64), PURPOSE)
     lanes = tl.arange(0, BLOCK)
-    # Running maximum, its column, and lane by lane the sums over all columns but that one.
     m = tl.full((), -float("inf"), tl.float32)
     m_col = tl.full((), -1, tl.int32)
     others = tl.zeros((BLOCK,), tl.float32)
@@ -44,23 +39,9 @@ def _sample_kernel(
         cols = start + lanes
         g = tl.load(logits + cols.to(tl.int64) * stride_col, cols < n_cols, other=-float("inf"))
         g = g.to(tl.float32)
-        block_top, block_col = tl.max(g, 0, return_indices=True)
-        if block_top > m:
-            # The old maximum joins the others, in lane 0; while m is -inf there is none.
-            gap = tl.where(m == -float("inf"), 0.0, tl.minimum((block_top - m) * inverse, -FLOOR))
-            joining = tl.where(m == -float("inf"), 0.0, 1.0)
-            others += tl.where(lanes == 0, joining, 0.0)
-            scale = tl.exp(-gap)
-            centred = (centred + others * gap) * scale
-            others *= scale
-            m = block_top
-            m_col = start + block_col
-        # A comparison, not a maximum: NaN must pass, so that it spoils the sums.
-        shifted = (g - tl.where(m == -float("inf"), 0.0, m)) * inverse
-        shifted = tl.where(shifted < FLOOR, FLOOR, shifted)
-        e = tl.where(cols == m_col, 0.0, tl.exp(shifted))
-        others += e
-        centred -= e * shifted
+        m, m_col, others, centred, block_top = join_block(
+            m, m_col, others, centred, g, start, cols, lanes, inverse
+        )
         if block_top * inverse + MAX_GUMBEL > best:
             scores = g * inverse + gumbels(noise_words(key, cols))
             score, block_id = tl.max(scores, 0, return_indices=True)
@@ -88,10 +69,9 @@ def draw_tokens(
     if n_rows == 0:
         return ids, stats
     block, num_warps = _launch_parameters(n_cols)
-    on_device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with on_device_of(logits):
         _sample_kernel[(n_rows,)](
-            logits, inverse_temperature, streams.contiguous(), positions.contiguous(),
+            logits, inverse_temperature, streams.contiguous(), positions.to(torch.int64).contiguous(),
             ids, stats.top, stats.index, stats.rest, stats.spread,
             n_cols, logits.stride(0), logits.stride(1), inverse_temperature.stride(0),
             PURPOSE=int(Purpose.SAMPLE), BLOCK=block,
@@ -121,7 +101,11 @@ def compile_cases() -> list[CompileCase]:
             "rest": "*fp32", "spread": "*fp32",
             "n_cols": "i32", "stride_row": "i32", "stride_temperature": "i32",
         }  # fmt: skip
-        constexprs = {"stride_col": 1, "PURPOSE": int(Purpose.SAMPLE), "BLOCK": block}
+        constexprs: dict[str, object] = {
+            "stride_col": 1,
+            "PURPOSE": int(Purpose.SAMPLE),
+            "BLOCK": block,
+        }
         name = f"sample {dtype} block {block}"
         cases.append(
             CompileCase(name, _sample_kernel, signature, constexprs, num_warps, _NUM_STAGES)

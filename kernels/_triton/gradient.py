@@ -1,0 +1,116 @@
+"""The kernel of `rollfuse.kernels.gradient`: a program owns a slot, reads and writes its row once.
+
+dz_j = exp(z_j - z_top) * (alpha + beta (z_j - z_top)); target columns are replaced afterwards.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rollfuse.kernels._triton.compile import CompileCase
+from rollfuse.kernels._triton.rows import on_device_of, prepare, shift
+from rollfuse.kernels._triton.statistics import LAUNCH, NUM_STAGES, launch_parameters
+from rollfuse.kernels.rows import RowCoefficients, RowStatistics, Transform
+
+
+@triton.jit(do_not_specialize=["pre_scale"])
+def _gradient_kernel(
+    logits, rows, factor, bias, top, alpha, beta,  # inputs
+    out,  # output, may be the logits' own storage
+    n_cols, stride_row, stride_out, pre_scale,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_BETA: tl.constexpr, NARROWED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + slot) if HAS_ROWS else slot
+    logits += row * stride_row
+    out += row * stride_out
+    f = tl.load(factor + slot)
+    m = tl.load(top + slot)
+    a = tl.load(alpha + slot)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        g = tl.load(logits + cols, inside, other=-float("inf"))
+        pre = prepare(g, cols, inside, bias, pre_scale, HAS_BIAS, HAS_SOFTCAP)
+        shifted = shift(pre, m, f)
+        slope = a
+        if HAS_BETA:
+            slope += tl.load(beta + slot) * shifted
+        dz = tl.exp(shifted) * slope
+        if HAS_SOFTCAP:
+            dz *= (1.0 - pre * pre) * pre_scale
+        if NARROWED:
+            # Narrow results lie over wide logits that other threads of this program may still have
+            # to load: the bytes written here belong to this block or to an earlier one.
+            tl.debug_barrier()
+        tl.store(out + cols, dz.to(out.dtype.element_ty), inside)
+
+
+def fill_gradient(  # one launch: inputs, vectors, output, map
+    logits: torch.Tensor,
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> None:
+    """Write the slots' gradients into their rows of `out`, whose columns are contiguous."""
+    n_slots, n_cols = stats.top.shape[0], logits.shape[1]
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if n_slots == 0:
+        return
+    block, num_warps = launch_parameters(n_cols)
+    beta = coefficients.beta
+    with on_device_of(logits):
+        _gradient_kernel[(n_slots,)](
+            logits, rows, transform.factor, transform.bias, stats.top, coefficients.alpha, beta,
+            out,
+            n_cols, logits.stride(0), out.stride(0), transform.pre_scale or 0.0,
+            HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None,
+            HAS_SOFTCAP=transform.pre_scale is not None, HAS_BETA=beta is not None,
+            NARROWED=out.dtype != logits.dtype, BLOCK=block,
+            num_warps=num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every dtype pair the ops use and every option; plain and full at the largest block."""
+    cases = []
+    pairs = [
+        ("fp32", "fp32"),
+        ("fp32", "bf16"),
+        ("fp32", "fp16"),
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+    ]
+    for pair in pairs:
+        for block, num_warps in LAUNCH:
+            for options in range(16):
+                flags = [bool(options & bit) for bit in (1, 2, 4, 8)]
+                covering = options in (0, 15) and (block, num_warps) == LAUNCH[-1]
+                cases.append(_case(pair, block, num_warps, flags, covering))
+    return cases
+
+
+def _case(
+    pair: tuple[str, str], block: int, num_warps: int, flags: list[bool], covering: bool
+) -> CompileCase:
+    has_rows, has_bias, has_softcap, has_beta = flags
+    signature = {
+        "logits": f"*{pair[0]}", "rows": "*i64", "factor": "*fp32", "bias": "*fp32",
+        "top": "*fp32", "alpha": "*fp32", "beta": "*fp32", "out": f"*{pair[1]}",
+        "n_cols": "i32", "stride_row": "i32", "stride_out": "i32", "pre_scale": "fp32",
+    }  # fmt: skip
+    constexprs = {
+        "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap,
+        "HAS_BETA": has_beta, "NARROWED": pair[0] != pair[1], "BLOCK": block,
+    }  # fmt: skip
+    name = (
+        f"gradient {pair[0]}->{pair[1]} block {block} rows {has_rows} bias {has_bias} "
+        f"softcap {has_softcap} entropy {has_beta}"
+    )
+    return CompileCase(
+        name, _gradient_kernel, signature, constexprs, num_warps, NUM_STAGES, covering
+    )

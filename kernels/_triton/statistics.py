@@ -1,0 +1,107 @@
+"""The kernel of `rollfuse.kernels.statistics`: a program owns a slot and reads its row once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from rollfuse.kernels._triton.compile import CompileCase
+from rollfuse.kernels._triton.rows import join_block, on_device_of, prepare
+from rollfuse.kernels.rows import RowStatistics, Transform
+
+# (largest BLOCK, warps): a small vocabulary is one block, a large one a loop.
+LAUNCH = ((256, 1), (1024, 4), (2048, 8))
+NUM_STAGES = 2
+
+
+# The vocabulary and the row stride stay specialised: a model has one, and whether it is a multiple
+# of 16 decides if loads are vectorised.
+@triton.jit(do_not_specialize=["pre_scale"])
+def _statistics_kernel(
+    logits, rows, factor, bias,  # inputs
+    top, index, rest, spread,  # outputs
+    n_cols, stride_row, pre_scale,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + slot) if HAS_ROWS else slot
+    logits += row * stride_row
+    f = tl.load(factor + slot)
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full((), -float("inf"), tl.float32)
+    m_col = tl.full((), 0, tl.int32)
+    others = tl.zeros((BLOCK,), tl.float32)
+    centred = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + lanes
+        inside = cols < n_cols
+        g = tl.load(logits + cols, inside, other=-float("inf"))
+        g = prepare(g, cols, inside, bias, pre_scale, HAS_BIAS, HAS_SOFTCAP)
+        m, m_col, others, centred, _ = join_block(
+            m, m_col, others, centred, g, start, cols, lanes, f
+        )
+    tl.store(top + slot, m)
+    tl.store(index + slot, m_col)
+    tl.store(rest + slot, tl.sum(others))
+    tl.store(spread + slot, tl.sum(centred))
+
+
+def row_statistics(
+    logits: torch.Tensor, transform: Transform, rows: torch.Tensor | None
+) -> RowStatistics:
+    n_slots, n_cols = transform.factor.shape[0], logits.shape[1]
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    new = logits.new_empty
+    stats = RowStatistics(
+        new(n_slots, dtype=torch.float32), new(n_slots, dtype=torch.int64),
+        new(n_slots, dtype=torch.float32), new(n_slots, dtype=torch.float32),
+    )  # fmt: skip
+    if n_slots == 0:
+        return stats
+    block, num_warps = launch_parameters(n_cols)
+    with on_device_of(logits):
+        _statistics_kernel[(n_slots,)](
+            logits, rows, transform.factor, transform.bias,
+            stats.top, stats.index, stats.rest, stats.spread,
+            n_cols, logits.stride(0), transform.pre_scale or 0.0,
+            HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None,
+            HAS_SOFTCAP=transform.pre_scale is not None, BLOCK=block,
+            num_warps=num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+    return stats
+
+
+def launch_parameters(n_cols: int) -> tuple[int, int]:
+    """(BLOCK, warps) for rows of `n_cols` columns."""
+    for largest, num_warps in LAUNCH:
+        if n_cols <= largest:
+            return max(16, triton.next_power_of_2(n_cols)), num_warps
+    return LAUNCH[-1]
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every input dtype, block and combination of options; plain and full at the largest block."""
+    cases = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        for block, num_warps in LAUNCH:
+            for options in range(8):
+                flags = [bool(options & bit) for bit in (1, 2, 4)]
+                covering = options in (0, 7) and (block, num_warps) == LAUNCH[-1]
+                cases.append(_case(dtype, block, num_warps, flags, covering))
+    return cases
+
+
+def _case(dtype: str, block: int, num_warps: int, flags: list[bool], covering: bool) -> CompileCase:
+    has_rows, has_bias, has_softcap = flags
+    signature = {
+        "logits": f"*{dtype}", "rows": "*i64", "factor": "*fp32", "bias": "*fp32",
+        "top": "*fp32", "index": "*i64", "rest": "*fp32", "spread": "*fp32",
+        "n_cols": "i32", "stride_row": "i32", "pre_scale": "fp32",
+    }  # fmt: skip
+    constexprs = {
+        "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap, "BLOCK": block,
+    }  # fmt: skip
+    name = f"statistics {dtype} block {block} rows {has_rows} bias {has_bias} softcap {has_softcap}"
+    return CompileCase(
+        name, _statistics_kernel, signature, constexprs, num_warps, NUM_STAGES, covering
+    )

@@ -1,0 +1,55 @@
+"""How the ops describe rows of logits, for the PyTorch path and the Triton kernels alike.
+
+A logit g becomes z = factor * pre(g) with pre(g) = g + bias, or tanh(pre_scale * (g + bias)) under
+a softcap: one monotone map a row, so the maximum is found before it and distances to the maximum
+are subtracted before they are scaled. Legend: R logits rows, S slots (a row at one temperature),
+P pairs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Stands for -inf after the shift: its exponential is 0 and its products stay finite.
+FLOOR = -1e30
+
+
+class Transform(NamedTuple):
+    """From a logit g to the z of the softmax: z = factor * pre(g)."""
+
+    factor: Tensor  # (S,) > 0, scale / temperature, or softcap / temperature
+    bias: Tensor | None = None  # (V,)
+    pre_scale: float | None = None  # scale / softcap under a softcap
+
+    def rows(self, start: int, stop: int) -> Transform:
+        return self._replace(factor=self.factor[start:stop])
+
+
+class RowStatistics(NamedTuple):
+    """Per slot; float32, or float64 for float64 logits."""
+
+    top: Tensor  # (S,) largest pre(g); -inf where the whole row is
+    index: Tensor  # (S,) int64, its column
+    rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns
+    spread: Tensor  # (S,) sum of exp(z - z_top) * (z_top - z)
+
+    def rows(self, start: int, stop: int) -> RowStatistics:
+        return RowStatistics(*(field[start:stop] for field in self))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, statistics and gradients inside the ops: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RowCoefficients(NamedTuple):
+    """What the gradient pass needs."""
+
+    alpha: Tensor  # (S,)
+    beta: Tensor | None  # (S,), None without an entropy gradient
+    slot: Tensor  # (P,) int64
+    column: Tensor  # (P,) int64
+    value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are

@@ -1,0 +1,432 @@
+"""linear_policy_loss and policy_loss against plain PyTorch in float64, and the traps around them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from check import assert_close, assert_no_worse, assert_rows_no_worse
+from head_cases import (
+    Problem,
+    coupled,
+    gradients,
+    make_problem,
+    reference_loss,
+    smooth,
+    smooth_local,
+    without_entropy,
+)
+
+from rollfuse import (
+    Head,
+    Plan,
+    TokenBatch,
+    explain,
+    linear_policy_loss,
+    policy_loss,
+    token_local,
+)
+from rollfuse.kernels import gemm, gradient, head_pass
+from rollfuse.kernels.dispatch import backend
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter truncates where a GPU rounds when it narrows float32: twice the error.
+HALF_SLACK = 2.5 if backend.name == "interpret" else 1.5
+
+
+def assert_matches(problem: Problem, objective, plan: Plan, *, slack: float = 1.5) -> None:
+    """Loss, vectors and every gradient are no worse than plain PyTorch in the problem's dtype."""
+    result = linear_policy_loss(problem.hidden, problem.head, problem.batch, objective, plan=plan)
+    found = [result.loss, *gradients(result.loss, problem)]
+    exact = problem.cast(torch.float64)
+    loss, logp, entropy = reference_loss(exact, objective)
+    truth = [loss, *gradients(loss, exact)]
+    plain_loss = reference_loss(problem, objective)[0]
+    plain = [plain_loss, *gradients(plain_loss, problem)]
+    half = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    # The rounding of a half result itself is 2^-9 (bf16) or 2^-12 (fp16), uniformly about 0.3 of it.
+    floor = {torch.bfloat16: 2e-3, torch.float16: 4e-4}.get(problem.hidden.dtype, 5e-7)
+    names = ["loss", "dhidden", "dweight", "dbias"]
+    for name, ours, ref, true in zip(names, found, plain, truth, strict=False):
+        assert ours.dtype == ref.dtype, name
+        allowed = floor if name != "loss" else 1e-5
+        assert_no_worse(name, ours, ref, true, slack=slack, floor=allowed)
+    if not half:
+        assert_rows_no_worse("dhidden rows", found[1], plain[1], truth[1], slack=2.0, floor=2e-6)
+    computed = result.computed
+    assert torch.equal(computed, problem.batch.weights != 0)
+    assert result.logp[~computed].isnan().all()
+    assert_close("logp", result.logp[computed], logp[computed].detach(), atol=2e-5)
+    assert_close("entropy", result.entropy[computed], entropy[computed].detach(), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_fused(dtype, softcap, n_pairs):
+    problem = make_problem(dtype=dtype, softcap=softcap, n_pairs=n_pairs)
+    assert_matches(problem, smooth_local, Plan("fused"), slack=HALF_SLACK)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_recompute(dtype, n_pairs):
+    problem = make_problem(dtype=dtype, n_pairs=n_pairs, softcap=20.0)
+    assert_matches(problem, coupled, Plan("recompute"), slack=HALF_SLACK)
+
+
+@pytest.mark.parametrize("objective", [coupled, without_entropy])
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_unit(objective, n_pairs):
+    problem = make_problem(frozen="weight,bias", n_pairs=n_pairs)
+    assert_matches(problem, objective, Plan("unit"))
+    assert (
+        linear_policy_loss(problem.hidden, problem.head, problem.batch, objective).diagnostics.kind
+        == "unit"
+    )
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden,bias", "weight,bias"])
+@pytest.mark.parametrize("kind", ["fused", "recompute"])
+def test_frozen_parts(frozen, kind):
+    problem = make_problem(frozen=frozen)
+    objective = smooth_local if kind == "fused" else coupled
+    result = linear_policy_loss(
+        problem.hidden, problem.head, problem.batch, objective, plan=Plan(kind)
+    )
+    exact = problem.cast(torch.float64)
+    truth = gradients(reference_loss(exact, objective)[0], exact)
+    for ours, true in zip(gradients(result.loss, problem), truth, strict=True):
+        assert_no_worse(frozen, ours, ours, true, floor=1e-5, slack=0.0)
+
+
+# Sizes around the chunk and slab borders: a single row, one more than a chunk, an odd vocabulary
+# past the kernels' largest block.
+@pytest.mark.parametrize("n_rows,vocabulary", [(1, 5), (17, 2049), (33, 1), (50, 4100)])
+def test_shapes_and_chunks(n_rows, vocabulary, monkeypatch):
+    monkeypatch.setitem(__import__("rollfuse.kernels.plan", fromlist=["x"])._CHUNK_ROWS, "cpu", 16)
+    problem = make_problem(n_rows=n_rows, vocabulary=vocabulary, sharpness=2.0)
+    if vocabulary > 1:
+        assert_matches(problem, smooth_local, Plan())
+        assert_matches(problem, coupled, Plan())
+    else:
+        result = linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local)
+        assert all(not g.any() for g in gradients(result.loss, problem))
+        assert (result.logp[result.computed] == 0).all()
+
+
+def test_float64_gradients_by_finite_differences():
+    problem = make_problem(n_rows=5, width=3, vocabulary=7, dtype=torch.float64, softcap=4.0)
+    plans = [(smooth_local, Plan("fused")), (coupled, Plan("recompute"))]
+    for objective, plan in plans:
+
+        def loss(hidden, weight, bias, objective=objective, plan=plan):
+            head = Head(weight, bias, problem.scale, problem.softcap)
+            return linear_policy_loss(hidden, head, problem.batch, objective, plan=plan).loss
+
+        assert torch.autograd.gradcheck(loss, problem.leaves, atol=1e-7, rtol=1e-6)
+
+
+MUTATIONS = {
+    "no softmax term": ("alpha", lambda v: v * 0),
+    "scaled by 0.97": ("value", lambda v: v * 0.97),
+    "entropy sign": ("beta", lambda v: -v),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_tolerances_notice_a_wrong_gradient(name, monkeypatch):
+    field, change = MUTATIONS[name]
+    right = gradient.row_coefficients
+
+    def wrong(*args):
+        coefficients = right(*args)
+        return coefficients._replace(**{field: change(getattr(coefficients, field))})
+
+    monkeypatch.setattr(head_pass, "row_coefficients", wrong)
+    with pytest.raises(AssertionError):
+        assert_matches(make_problem(), smooth_local, Plan("fused"))
+
+
+def test_tolerances_notice_a_lost_temperature(monkeypatch):
+    right = Head.transform
+    monkeypatch.setattr(
+        Head, "transform", lambda self, t, dtype: right(self, torch.ones_like(t), dtype)
+    )
+    with pytest.raises(AssertionError):
+        assert_matches(make_problem(), smooth_local, Plan("fused"))
+
+
+def test_tolerances_notice_rounded_logits(monkeypatch):
+    right = gemm.project
+
+    def rounded(x, weight, operand, out):
+        right(x, weight, operand, out)
+        out.copy_(out.bfloat16())
+
+    monkeypatch.setattr(gemm, "project", rounded)
+    with pytest.raises(AssertionError):
+        assert_matches(make_problem(), smooth_local, Plan("fused"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_from_logits(dtype, overwrite, n_pairs):
+    problem = make_problem(n_pairs=n_pairs)
+    start = torch.randn(24, 301).to(dtype)
+    results = []
+    for kind in ("ours", "plain", "truth"):
+        logits = start.to(torch.float64 if kind == "truth" else dtype).requires_grad_()
+        identity = Problem(
+            logits, torch.eye(301, dtype=logits.dtype), None, 1.0, None, problem.batch
+        )
+        if kind == "ours":
+            result = policy_loss(
+                logits * 1.0, problem.batch, smooth_local, overwrite_logits=overwrite
+            )
+            loss = result.loss
+        else:
+            loss = reference_loss(identity, smooth)[0]
+        results.append((loss, torch.autograd.grad(loss, logits)[0]))
+    (ours, g), (plain, g_plain), (true, g_true) = results
+    assert_no_worse("loss", ours, plain, true, floor=1e-6)
+    floor = {torch.bfloat16: 2e-3, torch.float16: 4e-4}.get(dtype, 1e-6)
+    assert_no_worse("dlogits", g, g_plain, g_true, slack=HALF_SLACK, floor=floor)
+    touched = problem.batch.rows if n_pairs else torch.arange(24)
+    idle = torch.ones(24, dtype=torch.bool)
+    idle[touched[problem.batch.weights != 0]] = False
+    assert not g[idle].any()
+
+
+def test_inactive_rows_are_never_computed(monkeypatch):
+    problem = make_problem()
+    active = token_local(active=lambda batch: batch.advantages > 0)(
+        lambda logp, entropy, batch: -batch.advantages.clamp_min(0) * logp
+    )
+    seen = []
+    right = gemm.project
+    monkeypatch.setattr(
+        gemm, "project", lambda x, *rest: (seen.append(x.shape[0]), right(x, *rest))[1]
+    )
+    result = linear_policy_loss(problem.hidden, problem.head, problem.batch, active)
+    expected = (problem.batch.advantages > 0) & (problem.batch.weights != 0)
+    assert sum(seen) == int(expected.sum()) == result.diagnostics.active_pairs
+    assert torch.equal(result.computed, expected)
+    grads = gradients(result.loss, problem)
+    exact = problem.cast(torch.float64)
+    truth = gradients(reference_loss(exact, active)[0], exact)
+    for ours, true in zip(grads, truth, strict=True):
+        assert_no_worse("gradient", ours, ours, true, floor=1e-5, slack=0.0)
+    scored = linear_policy_loss(
+        problem.hidden, problem.head, problem.batch, active, plan=Plan(dropped="score")
+    )
+    logp, entropy = reference_loss(exact, active)[1:]
+    assert scored.computed.all()
+    assert_close("logp", scored.logp, logp.detach(), atol=2e-5)
+    assert_close("entropy", scored.entropy, entropy.detach(), atol=2e-5)
+
+
+@pytest.mark.parametrize("objective", [smooth_local, coupled])
+def test_nothing_active(objective):
+    problem = make_problem()
+    batch = TokenBatch(
+        targets=problem.batch.targets,
+        weights=torch.zeros(24),
+        advantages=problem.batch.advantages,
+        logp_old=problem.batch.logp_old,
+    )
+    if objective is coupled:
+        objective = lambda logp, entropy, batch: logp * logp.sum()  # noqa: E731
+    result = linear_policy_loss(problem.hidden, problem.head, batch, objective)
+    assert result.loss == 0 and not result.computed.any()
+    assert all(not g.any() for g in gradients(result.loss, problem))
+
+
+@pytest.mark.parametrize("objective", [smooth_local, lambda logp, entropy, batch: logp])
+def test_empty_batch(objective):
+    problem = make_problem()
+    none = torch.empty(0)
+    batch = TokenBatch(
+        targets=none.long(), weights=none, rows=none.long(), advantages=none, logp_old=none
+    )
+    result = linear_policy_loss(problem.hidden, problem.head, batch, objective)
+    assert result.loss == 0 and result.logp.shape == (0,)
+    assert all(not g.any() for g in gradients(result.loss, problem))
+    result = policy_loss(torch.randn(3, 5, requires_grad=True), batch, objective)
+    assert result.loss == 0
+
+
+def test_tied_embeddings_and_a_shared_graph():
+    """The weight is embedding and head at once, and hidden depends on it."""
+    problem = make_problem(bias=False, n_rows=24)
+    ids = torch.randint(301, (24,))
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        weight = problem.weight.detach().to(dtype).requires_grad_()
+        hidden = torch.tanh(weight[ids])
+        tied = Problem(hidden, weight, None, 1.3, None, problem.batch)
+        if dtype == torch.float32:
+            loss = linear_policy_loss(hidden, tied.head, tied.batch, smooth_local).loss
+        else:
+            loss = reference_loss(tied, smooth)[0]
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    assert_no_worse("tied weight", grads[0], grads[0], grads[1], floor=1e-5, slack=0.0)
+
+
+def test_upstream_factor_retained_graph_and_accumulation():
+    problem = make_problem()
+    once = gradients(
+        linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local).loss, problem
+    )
+    result = linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local)
+    scaled = result.loss * 512.0
+    for _ in range(2):  # a kept graph can be walked twice
+        kept = torch.autograd.grad(scaled, problem.leaves, retain_graph=True)
+        for a, b in zip(kept, once, strict=True):
+            torch.testing.assert_close(a, b * 512.0, rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(scaled, problem.leaves), once, strict=True):
+        torch.testing.assert_close(a, b * 512.0, rtol=1e-6, atol=0)
+    for _ in range(2):  # .grad accumulates
+        linear_policy_loss(
+            problem.hidden, problem.head, problem.batch, smooth_local
+        ).loss.backward()
+    for leaf, b in zip(problem.leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * b)
+
+
+def test_float16_gradients_survive_a_small_loss():
+    """dX of 1e-9 is 0 in float16; under a loss scale of 2^16 it must come out."""
+    problem = make_problem(dtype=torch.float16, bias=False)
+    batch = TokenBatch(
+        targets=problem.batch.targets,
+        weights=problem.batch.weights * 1e-6,
+        advantages=problem.batch.advantages,
+        logp_old=problem.batch.logp_old,
+        temperature=problem.batch.temperature,
+    )
+    small = Problem(problem.hidden, problem.weight, None, 1.3, None, batch)
+    loss = linear_policy_loss(small.hidden, small.head, batch, smooth_local).loss
+    ours = gradients(loss * 2.0**16, small)
+    exact = small.cast(torch.float64)
+    truth = gradients(reference_loss(exact, smooth)[0] * 2.0**16, exact)
+    for a, b in zip(ours, truth, strict=True):
+        assert_no_worse("scaled", a, a, b, slack=0.0, floor=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_operands_as_on_a_gpu(dtype, monkeypatch):
+    """The half-precision route of a GPU, with its products emulated: dz narrowed in place."""
+
+    def mm(a, b, *, out_dtype, out):
+        return out.copy_(a.float() @ b.float())
+
+    def addmm(into, a, b, *, out_dtype, out):
+        return out.copy_(into + a.float() @ b.float())
+
+    monkeypatch.setattr(gemm, "multiplies_into_float32", lambda device, d: d == dtype)
+    monkeypatch.setattr(gemm, "half_mm", mm)
+    monkeypatch.setattr(gemm, "half_addmm", addmm)
+    monkeypatch.setitem(__import__("rollfuse.kernels.plan", fromlist=["x"])._CHUNK_ROWS, "cpu", 9)
+    problem = make_problem(dtype=dtype, vocabulary=2500)
+    assert_matches(problem, smooth_local, Plan("fused"), slack=HALF_SLACK)
+    assert_matches(problem, coupled, Plan("recompute"), slack=HALF_SLACK)
+
+
+def test_mixed_and_autocast_dtypes():
+    problem = make_problem(bias=False)
+    weight16 = problem.weight.detach().bfloat16().requires_grad_()
+    mixed = Problem(problem.hidden, weight16, None, 1.3, None, problem.batch)
+    loss = linear_policy_loss(mixed.hidden, mixed.head, mixed.batch, smooth_local).loss
+    ours = gradients(loss, mixed)
+    exact = mixed.cast(torch.float64)
+    truth = gradients(reference_loss(exact, smooth)[0], exact)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.bfloat16
+    assert_no_worse("dhidden", ours[0], ours[0], truth[0], slack=0.0, floor=1e-5)
+    assert_no_worse("dweight", ours[1], ours[1], truth[1], slack=0.0, floor=2.5e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local)
+    rounded = Problem(
+        problem.hidden.detach().bfloat16(), problem.weight.detach().bfloat16(), None, 1.3, None,
+        problem.batch,
+    ).cast(torch.float64)  # fmt: skip
+    loss, logp, _ = reference_loss(rounded, smooth)
+    computed = result.computed
+    assert result.logp.dtype == torch.float32
+    assert_close("autocast logp", result.logp[computed], logp[computed], atol=1e-5)
+    assert all(g.dtype == torch.float32 for g in gradients(result.loss, problem))
+
+
+def test_padded_hidden_is_flattened():
+    hidden = torch.randn(3, 5, 8, requires_grad=True)
+    weight = torch.randn(30, 8)
+    mask = torch.rand(3, 5) > 0.4
+    mask[:, 0] = False
+    batch = TokenBatch.from_padded(
+        torch.randint(30, (3, 5)), mask, advantages=torch.randn(3),
+        reduction=lambda mask, cu_seqlens, denominator: mask / mask.sum(),
+    )  # fmt: skip
+    objective = lambda logp, entropy, batch: -batch.advantages * logp  # noqa: E731
+    result = linear_policy_loss(hidden, weight, batch, objective)
+    (g,) = torch.autograd.grad(result.loss, hidden)
+    assert g.shape == hidden.shape
+    logp = (hidden @ weight.t()).log_softmax(-1)
+    picked = logp.reshape(15, 30)[batch.rows].gather(1, batch.targets[:, None]).squeeze(1)
+    (want,) = torch.autograd.grad((-batch.weights * batch.advantages * picked).sum(), hidden)
+    torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-6)
+
+
+def test_explain_is_what_runs():
+    problem = make_problem(vocabulary=3000)
+    for objective, plan in itertools.product((smooth_local, coupled), (Plan(), Plan("recompute"))):
+        report = explain(problem.hidden, problem.head, problem.batch, objective, plan)
+        result = linear_policy_loss(
+            problem.hidden, problem.head, problem.batch, objective, plan=plan
+        )
+        assert report == result.diagnostics
+    report = explain(problem.hidden, problem.head, problem.batch, smooth_local)
+    active = int((problem.batch.weights != 0).sum())
+    assert report.flops == 6 * active * 16 * 3000
+    budget = report.peak_bytes - 3 * 3000 * 4
+    tight = explain(problem.hidden, problem.head, problem.batch, smooth_local, Plan(None, budget))
+    assert tight.chunk_rows < report.chunk_rows and tight.peak_bytes <= budget
+
+
+def test_bad_arguments_say_what_was_needed():
+    problem = make_problem()
+    hidden, head, batch = problem.hidden, problem.head, problem.batch
+    cases = [
+        (ValueError, "one of fused", lambda: Plan("whole")),
+        (ValueError, "skip, score", lambda: Plan(dropped="maybe")),
+        (ValueError, "at least", lambda: linear_policy_loss(
+            hidden, head, batch, smooth_local, plan=Plan(budget_bytes=1000))),
+        (ValueError, "token-local", lambda: linear_policy_loss(
+            hidden, head, batch, coupled, plan=Plan("fused"))),
+        (ValueError, "without gradient", lambda: linear_policy_loss(
+            hidden, head, batch, coupled, plan=Plan("unit"))),
+        (ValueError, "one a pair", lambda: linear_policy_loss(hidden[:5], head, batch, coupled)),
+        (ValueError, "16", lambda: linear_policy_loss(hidden[:, :4], head, batch, coupled)),
+        (TypeError, "float32", lambda: linear_policy_loss(hidden.long(), head, batch, coupled)),
+        (ValueError, r"in \[0, 10\)", lambda: linear_policy_loss(
+            hidden, problem.weight[:10], batch, coupled)),
+        (ValueError, "device", lambda: linear_policy_loss(
+            hidden.to("meta"), head, batch, coupled)),
+        (ValueError, "values, one a pair", lambda: linear_policy_loss(
+            hidden, head, batch, lambda logp, entropy, batch: logp.sum())),
+        (ValueError, "another tensor", lambda: linear_policy_loss(
+            hidden, head, batch, lambda logp, entropy, batch: logp * problem.weight.sum())),
+        (ValueError, "another tensor", lambda: linear_policy_loss(
+            hidden, head, batch, token_local()(
+                lambda logp, entropy, batch: logp * problem.weight.sum()))),
+        (ValueError, "> 0", lambda: Head(problem.weight, scale=0.0)),
+        (ValueError, "> 0", lambda: Head(problem.weight, softcap=-1.0)),
+        (ValueError, "one a token id", lambda: Head(problem.weight, torch.zeros(3))),
+    ]  # fmt: skip
+    for kind, text, call in cases:
+        with pytest.raises(kind, match=text):
+            call()
+    rows = torch.full((24,), 24)
+    shifted = TokenBatch(targets=batch.targets, weights=batch.weights, rows=rows)
+    with pytest.raises(ValueError, match="24"):
+        linear_policy_loss(hidden, head, shifted, coupled)
