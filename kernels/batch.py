@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -334,7 +335,7 @@ def _assemble(  # noqa: PLR0913  (one call from each of two constructors)
     unknown = set(per_token) - allowed
     if unknown:
         raise TypeError(f"need fields among {sorted(allowed)}, got {sorted(unknown)}")
-    picked: dict[str, object] = {}
+    picked: dict[str, Any] = {}
     for name, value in per_token.items():
         if name == "extra" and isinstance(value, Mapping):
             picked[name] = {k: pick(f"extra[{k!r}]", v) for k, v in value.items()}

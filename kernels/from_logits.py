@@ -5,8 +5,9 @@ Bytes a logit of s bytes: the forward reads s, the backward reads s and writes s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def logp_entropy_over_layout(
         layout.one_per_slot,
         overwrite,
     )
-    return LogpEntropy(*_LogpEntropy.apply(logits, call))
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LogpEntropy.apply)
+    return LogpEntropy(*apply(logits, call))
 
 
 @dataclass(frozen=True, slots=True)

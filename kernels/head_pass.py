@@ -122,7 +122,7 @@ class HeadPass:
 
 
 class GradientSink:
-    """Collects dX, dW and dbias over the chunks of a pass, in float32 (float64) until handed over."""
+    """Collects dX, dW and dbias over the chunks of a pass, wide until they are handed over."""
 
     def __init__(self, run: HeadPass, needs: tuple[bool, bool, bool]) -> None:
         self.run, self.inputs = run, run.inputs

@@ -135,7 +135,7 @@ def build_layout(request: Request, device: torch.device) -> Layout:
 def _on_host(
     request: Request,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """(selected, rows, temperature) as arrays, None where they say nothing; one transfer at most."""
+    """(selected, rows, temperature) as arrays, None where there is none; one transfer at most."""
     tensors = [request.selected, request.rows]
     # A temperature only splits rows where several pairs can share one.
     if isinstance(request.temperature, Tensor) and request.rows is not None:

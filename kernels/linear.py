@@ -7,8 +7,9 @@ unit gradients d logp / d hidden made on the way are scaled (plan `unit`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ def linear_over_layout(
 ) -> LogpEntropy:
     """(A,) values of a layout's pairs, in its order; two-phase plans only."""
     call = _Call(inputs, report, needed_gradients(hidden, head))
-    return LogpEntropy(*_LinearLogpEntropy.apply(hidden, head.weight, head.bias, call))
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearLogpEntropy.apply)
+    return LogpEntropy(*apply(hidden, head.weight, head.bias, call))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def needed_gradients(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
 def make_inputs(
     hidden: Tensor, head: Head, layout: Layout, targets: Tensor, temperature: Tensor | float
 ) -> Inputs:
-    """Detached inputs of a pass over `layout`; targets and temperature (P,) in the batch's order."""
+    """Detached inputs of a pass; targets and temperature (P,) in the batch's order."""
     operand = operand_dtype(hidden, head)
     wide = compute_dtype(operand)
     if isinstance(temperature, Tensor):

@@ -159,7 +159,8 @@ def check_objective(objective: Objective, batch: TokenBatch, *, seed: int = 0) -
         for whole, part, changed in zip(full, alone, mixed, strict=True):
             if not torch.allclose(whole[keep], part, rtol=1e-9, atol=1e-12, equal_nan=True):
                 raise ValueError(
-                    "objective: declared token-local, but a pair changes when others leave the batch"
+                    "objective: declared token-local, but a pair changes when others leave the "
+                    "batch"
                 )
             if not torch.allclose(
                 whole[keep], changed[keep], rtol=1e-9, atol=1e-12, equal_nan=True

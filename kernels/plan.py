@@ -5,12 +5,15 @@
     unit       any objective, head without gradient           4TDV         (T, D) unit gradients
     recompute  any objective                                  8TDV (6TDV)  statistics
 
-T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. One chunk of
-`chunk_rows` rows of float32 logits exists at a time. Peak bytes above inputs and returned gradients:
+T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. One chunk
+of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and returned gradients:
 
-    chunk_rows * V * w + blocks + slab + chunk_rows * D * w + [accumulators] + [held] + 64 * (P + T)
+    chunk_rows * (V + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
-with w = 4 (8 in float64); see `peak_bytes` for each term.
+with w = 4 bytes (8 in float64). blocks: two buffers of 1 MiB or one row each, in the PyTorch path;
+slab: at most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand
+type; accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`.
+Narrow weight gradients are made when the chunk is gone, so V D w is the least.
 """
 
 from __future__ import annotations
@@ -111,9 +114,10 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     """
     kind, reason = _choose_kind(problem, plan.kind)
     fixed, a_row = _fixed_bytes(problem, kind), _row_bytes(problem)
+    handing_over = _handing_over_bytes(problem)
     rows = max(1, min(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512)))
     if plan.budget_bytes is not None:
-        least = fixed + min(_LEAST_ROWS, rows) * a_row
+        least = max(fixed + min(_LEAST_ROWS, rows) * a_row, handing_over)
         checks.need(
             plan.budget_bytes >= least,
             "budget_bytes",
@@ -132,7 +136,7 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
         problem.n_pairs,
         problem.n_active,
         problem.n_slots,
-        fixed + rows * a_row,
+        max(fixed + rows * a_row, handing_over),
         _flops(problem, kind),
     )
 
@@ -164,20 +168,33 @@ def _row_bytes(problem: Problem) -> int:
 
 
 def _fixed_bytes(problem: Problem, kind: Kind) -> int:
-    """Bytes that do not: blocks, a slab, accumulators that are not returned, vectors."""
+    """Bytes that do not: a block or slab, accumulators above what is returned, vectors."""
     item, wide = problem.item, compute_dtype(problem.operand)
-    total = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
-    if problem.device.type == "cpu":
-        total += Scratch.n_bytes(problem.vocabulary, item)
+    weights = problem.vocabulary * problem.width
     if gradient_dtype(problem.device, problem.operand) != wide:
         # Products at the half type's own rate: the whole weight is rounded once, if it must be.
         same = problem.weight_dtype == problem.operand
-        total = 0 if same else problem.vocabulary * problem.width * problem.operand.itemsize
-    if problem.needs_weight and problem.weight_dtype != wide:
-        total += problem.vocabulary * problem.width * item
+        total = 0 if same else weights * problem.operand.itemsize
+    else:
+        # Blocks serve the passes over logits, slabs the products: never both at once.
+        blocks = Scratch.n_bytes(problem.vocabulary, item)
+        slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
+        total = max(blocks, slab)
+    if problem.needs_weight:
+        # The narrow gradient is made last, when the chunk is gone.
+        total += weights * (item - min(item, problem.weight_dtype.itemsize))
+    if problem.needs_hidden and problem.hidden_dtype == torch.float16:
+        total += problem.n_slots * problem.width * (item - problem.hidden_dtype.itemsize)
     if kind == "unit":
         total += problem.n_slots * problem.width * item
     return total + 64 * (problem.n_pairs + problem.n_slots)
+
+
+def _handing_over_bytes(problem: Problem) -> int:
+    """Bytes alive when the weight's gradient is narrowed: its accumulator."""
+    if not problem.needs_weight or problem.weight_dtype == compute_dtype(problem.operand):
+        return 0
+    return problem.vocabulary * problem.width * problem.item
 
 
 def _flops(problem: Problem, kind: Kind) -> int:

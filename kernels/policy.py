@@ -8,8 +8,9 @@ Others take `linear_logp_entropy` and ordinary autograd.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ def linear_policy_loss(
     inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     if report.kind == "fused":
         call = _Call(inputs, report, needed_gradients(hidden, head), batch, objective)
-        loss, *values = _FusedPolicyLoss.apply(hidden, head.weight, head.bias, call)
-        found = LogpEntropy(*values)
+        apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _FusedPolicyLoss.apply)
+        loss, logp, entropy = apply(hidden, head.weight, head.bias, call)
+        found = LogpEntropy(logp, entropy)
         result = _result(loss, found, batch, layout, report, head.vocabulary)
     else:
         found = linear_over_layout(hidden, head, inputs, report)

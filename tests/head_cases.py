@@ -40,7 +40,7 @@ class Problem:
         )
 
 
-def make_problem(
+def make_problem(  # noqa: PLR0913  (each test says what it varies)
     *,
     n_rows: int = 24,
     n_pairs: int | None = None,

@@ -103,7 +103,7 @@ def _case(
         "top": "*fp32", "alpha": "*fp32", "beta": "*fp32", "out": f"*{pair[1]}",
         "n_cols": "i32", "stride_row": "i32", "stride_out": "i32", "pre_scale": "fp32",
     }  # fmt: skip
-    constexprs = {
+    constexprs: dict[str, object] = {
         "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap,
         "HAS_BETA": has_beta, "NARROWED": pair[0] != pair[1], "BLOCK": block,
     }  # fmt: skip

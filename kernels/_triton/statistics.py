@@ -98,7 +98,7 @@ def _case(dtype: str, block: int, num_warps: int, flags: list[bool], covering: b
         "top": "*fp32", "index": "*i64", "rest": "*fp32", "spread": "*fp32",
         "n_cols": "i32", "stride_row": "i32", "pre_scale": "fp32",
     }  # fmt: skip
-    constexprs = {
+    constexprs: dict[str, object] = {
         "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap, "BLOCK": block,
     }  # fmt: skip
     name = f"statistics {dtype} block {block} rows {has_rows} bias {has_bias} softcap {has_softcap}"

@@ -1,0 +1,215 @@
+"""Checks of every kernel on the device at hand, against plain PyTorch in float64.
+
+The shapes are small and awkward: one block is never full, and R, D and V are odd enough to leave a
+tail in every loop. What passes here may be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rollfuse import (
+    Head,
+    Plan,
+    TokenBatch,
+    grpo,
+    linear_logp_entropy,
+    linear_policy_loss,
+    logp_entropy,
+    policy_loss,
+)
+from rollfuse.bench import check
+from rollfuse.bench.cases import Outcome
+from rollfuse.kernels.objective import weighted_loss
+from rollfuse.kernels.plan import Kind
+from rollfuse.kernels.sampling import sample_tokens
+
+ROWS, PAIRS, WIDTH, VOCABULARY = 70, 101, 72, 5003
+
+DTYPES = ("float32", "bfloat16", "float16")
+KINDS: tuple[Kind, ...] = ("fused", "recompute")  # for a trainable head; "unit" is for a frozen one
+
+
+class Result(NamedTuple):
+    """One check: what was checked, and what is wrong with it (None: nothing)."""
+
+    name: str
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Operands in the dtype under test; `hidden` and `weight` need a gradient."""
+
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (V, D)
+    head: Head
+    batch: TokenBatch  # P pairs on R rows, temperatures of their own, some weights 0
+    dtype: str
+
+
+def make_problem(dtype: str, device: torch.device, *, plain: bool) -> Problem:
+    """A problem with a bare head, or (not `plain`) one with bias, scale and softcap."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kind = getattr(torch, dtype)
+    weight = (normal(VOCABULARY, WIDTH) * 0.3).to(device, kind).requires_grad_()
+    hidden = normal(ROWS, WIDTH).to(device, kind).requires_grad_()
+    head = Head(weight)
+    if not plain:
+        bias = normal(VOCABULARY).to(device, kind)
+        head = Head(weight, bias, scale=0.7, softcap=20.0)
+    rows = torch.cat(
+        [torch.arange(ROWS), torch.randint(ROWS, (PAIRS - ROWS,), generator=generator)]
+    )
+    batch = TokenBatch(
+        targets=torch.randint(VOCABULARY, (PAIRS,), generator=generator).to(device),
+        weights=(torch.rand(PAIRS, generator=generator) * (torch.arange(PAIRS) % 5 > 0)).to(device),
+        advantages=normal(PAIRS).to(device),
+        logp_old=(normal(PAIRS) * 0.5 - 8.0).to(device),
+        rows=rows.sort().values.to(device),
+        temperature=(0.7 + torch.rand(PAIRS, generator=generator)).to(device),
+    )
+    return Problem(hidden, weight, head, batch, dtype)
+
+
+_OBJECTIVE = grpo(entropy_coef=0.02)
+
+
+def plain_logits(problem: Problem) -> Tensor:
+    """(R, V) float64 logits by the definition of `Head`, before the temperature."""
+    head = problem.head
+    logits = problem.hidden.double() @ problem.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def plain_scores(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """logp and entropy of the pairs, (P,) float64 each, from (R, V) logits."""
+    assert batch.rows is not None and isinstance(batch.temperature, Tensor)
+    log_p = (logits[batch.rows] / batch.temperature.double().unsqueeze(1)).log_softmax(1)
+    return log_p.gather(1, batch.targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
+
+
+def _outcome(loss: Tensor, scores: tuple[Tensor, Tensor], leaves: tuple[Tensor, Tensor]) -> Outcome:
+    dhidden, dweight = torch.autograd.grad(loss, leaves)
+    return Outcome(loss.detach(), scores[0].detach(), scores[1].detach(), dhidden, dweight)
+
+
+def _true(problem: Problem) -> Outcome:
+    scores = plain_scores(plain_logits(problem), problem.batch)
+    loss = weighted_loss(_OBJECTIVE, *scores, problem.batch)
+    found = _outcome(loss, scores, (problem.hidden, problem.weight))
+    assert found.dweight is not None
+    return found._replace(dhidden=found.dhidden.double(), dweight=found.dweight.double())
+
+
+def _fused(problem: Problem, plan: Plan) -> Outcome:
+    out = linear_policy_loss(problem.hidden, problem.head, problem.batch, _OBJECTIVE, plan=plan)
+    found = _outcome(out.loss, (out.logp, out.entropy), (problem.hidden, problem.weight))
+    return found._replace(scored=out.computed)
+
+
+def _unit(problem: Problem) -> Outcome:
+    """The plan for a frozen head: a gradient to the hidden states alone."""
+    frozen = problem.head.weight.detach()
+    head = Head(frozen, problem.head.bias, problem.head.scale, problem.head.softcap)
+    objective = grpo()  # a unit gradient serves the log-prob alone
+    out = linear_policy_loss(problem.hidden, head, problem.batch, objective, plan=Plan("unit"))
+    (dhidden,) = torch.autograd.grad(out.loss, problem.hidden)
+    return Outcome(out.loss.detach(), out.logp, None, dhidden, None, out.computed)
+
+
+def _true_unit(problem: Problem) -> Outcome:
+    scores = plain_scores(plain_logits(problem), problem.batch)
+    loss = weighted_loss(grpo(), *scores, problem.batch)
+    (dhidden,) = torch.autograd.grad(loss, problem.hidden)
+    return Outcome(loss.detach(), scores[0].detach(), None, dhidden.double(), None)
+
+
+def _scored(problem: Problem) -> Outcome:
+    batch = problem.batch
+    found = linear_logp_entropy(
+        problem.hidden, problem.head, batch.targets, rows=batch.rows, temperature=batch.temperature
+    )
+    loss = weighted_loss(_OBJECTIVE, found.logp, found.entropy, batch)
+    return _outcome(loss, (found.logp, found.entropy), (problem.hidden, problem.weight))
+
+
+def _from_logits(problem: Problem, *, overwrite: bool) -> Outcome:
+    """From logits in the dtype under test; their gradient goes on to the operands."""
+    logits = plain_logits(problem).to(problem.hidden.dtype)
+    out = policy_loss(logits, problem.batch, _OBJECTIVE, overwrite_logits=overwrite)
+    found = _outcome(out.loss, (out.logp, out.entropy), (problem.hidden, problem.weight))
+    return found._replace(scored=out.computed)
+
+
+def _rounded_logits(problem: Problem) -> Outcome:
+    """The truth of `_from_logits`: float64 on the same rounded logits."""
+    logits = plain_logits(problem).to(problem.hidden.dtype).double()
+    scores = plain_scores(logits, problem.batch)
+    loss = weighted_loss(_OBJECTIVE, *scores, problem.batch)
+    found = _outcome(loss, scores, (problem.hidden, problem.weight))
+    assert found.dweight is not None
+    return found._replace(dhidden=found.dhidden.double(), dweight=found.dweight.double())
+
+
+def run_checks(device: torch.device) -> Iterator[Result]:
+    """Every op, plan and dtype on `device`; yields a result as each is done."""
+    for dtype in DTYPES:
+        for plain in (True, False):
+            problem = make_problem(dtype, device, plain=plain)
+            head = "head" if plain else "head with bias, scale, softcap"
+            true = _true(problem)
+            steps: dict[str, Callable[[], Outcome]] = {
+                f"linear_policy_loss {kind}": partial(_fused, problem, Plan(kind)) for kind in KINDS
+            }
+            steps["linear_logp_entropy"] = partial(_scored, problem)
+            for name, step in steps.items():
+                yield _compare(f"{name}, {head}, {dtype}", step(), true, dtype)
+            unit_name = f"linear_policy_loss unit, {head}, {dtype}"
+            yield _compare(unit_name, _unit(problem), _true_unit(problem), dtype)
+            rounded = _rounded_logits(problem)
+            for overwrite in (False, True):
+                name = f"policy_loss{' in place' if overwrite else ''}, {head}, {dtype}"
+                found = _from_logits(problem, overwrite=overwrite)
+                yield _compare(name, found, rounded, dtype)
+            yield _check_scores(problem, f"logp_entropy, {head}, {dtype}")
+    yield _check_sampling(device)
+
+
+def _compare(name: str, got: Outcome, true: Outcome, dtype: str) -> Result:
+    return Result(name, check.complaint(check.errors(got, true), dtype))
+
+
+def _check_scores(problem: Problem, name: str) -> Result:
+    """`logp_entropy` without gradients, on the rounded logits: float32 accuracy in every dtype."""
+    batch = problem.batch
+    with torch.no_grad():
+        logits = plain_logits(problem).to(problem.hidden.dtype)
+        got = logp_entropy(logits, batch.targets, rows=batch.rows, temperature=batch.temperature)
+        true = plain_scores(logits.double(), batch)
+    worst = max(float((g.double() - t).abs().max()) for g, t in zip(got, true, strict=True))
+    return Result(name, None if worst <= 1e-4 else f"off by {worst:.1e} (limit 1e-04)")
+
+
+def _check_sampling(device: torch.device) -> Result:
+    """The same noise must draw the same tokens here as on the CPU, near-ties apart."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(512, VOCABULARY, generator=generator)
+    streams, positions = torch.arange(512), torch.arange(512) % 7
+    here = sample_tokens(logits.to(device), streams.to(device), positions.to(device))
+    there = sample_tokens(logits.double(), streams, positions)  # never a kernel
+    differ = int((here.ids.cpu() != there.ids).sum())
+    return Result("sample_tokens", None if differ <= 1 else f"{differ} of 512 tokens differ")

@@ -1,0 +1,61 @@
+"""The floor of `bench head`: the bare GEMMs of a step, without any loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rollfuse.bench.cases import Case
+
+
+def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
+    """The bare GEMMs of the step into preallocated outputs: whole, by rows and by columns.
+
+    No loss can be computed with less GEMM work, so the fastest of these is the floor.
+    """
+    dtype = case.torch_dtype
+    hidden = torch.randn(case.tokens, case.hidden, device=device).to(dtype)
+    weight = torch.randn(case.vocab, case.hidden, device=device).to(dtype)
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    space = torch.randn(_workspace_elements(case), device=device).to(dtype)
+
+    def by_rows(size: int) -> Callable[[], None]:
+        def step() -> None:
+            for start in range(0, case.tokens, size):
+                h = hidden[start : start + size]
+                logits = space[: len(h) * case.vocab].view(len(h), case.vocab)
+                torch.mm(h, weight.T, out=logits)
+                torch.mm(logits, weight, out=dhidden[start : start + size])
+                if not case.frozen_head:
+                    # beta 0 ignores what the output held, so the first chunk needs no zeros.
+                    dweight.addmm_(logits.T, h, beta=0.0 if start == 0 else 1.0)
+
+        return step
+
+    def by_columns(size: int) -> Callable[[], None]:
+        def step() -> None:
+            for start in range(0, case.vocab, size):
+                w = weight[start : start + size]
+                logits = space[: case.tokens * len(w)].view(case.tokens, len(w))
+                torch.mm(hidden, w.T, out=logits)
+                dhidden.addmm_(logits, w, beta=0.0 if start == 0 else 1.0)
+                if not case.frozen_head:
+                    torch.mm(logits.T, hidden, out=dweight[start : start + size])
+
+        return step
+
+    steps: dict[str, Callable[[], None]] = {}
+    for size in (256, 1024, case.tokens):
+        if size <= case.tokens and size * case.vocab <= len(space):
+            steps[f"{size} rows"] = by_rows(size)
+    for size in (4096, 16384):
+        if size < case.vocab and size * case.tokens <= len(space):
+            steps[f"{size} columns"] = by_columns(size)
+    return steps
+
+
+def _workspace_elements(case: Case) -> int:
+    """Elements of the floor's workspace: all logits, or 2 GiB of them where that is less."""
+    most = (2 << 30) // case.torch_dtype.itemsize
+    return max(min(case.tokens * case.vocab, most), case.vocab * min(256, case.tokens))

@@ -1,0 +1,87 @@
+"""Rows of the head benchmark, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rollfuse.bench.cases import Case
+from rollfuse.bench.check import Errors
+from rollfuse.bench.measure import Peak, Spread
+
+FLOOR = "floor (GEMMs)"
+
+_HEADINGS = (
+    "provider", "ms", "x floor", "20..80 %", "TFLOP/s", "peak MiB", "RSS MiB",
+    "dX error", "dW error", "x eager", "configuration or reason",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Row:
+    """One provider on one case; without numbers where `status` is not "ok"."""
+
+    case: Case
+    provider: str
+    status: str = "ok"
+    configuration: str = ""
+    note: str = ""
+    seconds: Spread | None = None
+    ratio: Spread | None = None  # to the floor of the dense case, paired
+    tflops: float | None = None  # of the dense case's GEMMs
+    peak: Peak | None = None
+    predicted_peak: int | None = None  # bytes, by the published formula; ours alone
+    plan: str | None = None
+    errors: Errors | None = None
+    errors_over_eager: Errors | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        plain = asdict(self)
+        plain["case"]["name"] = self.case.name
+        return plain
+
+
+def heading(facts: dict[str, object]) -> str:
+    """The lines above the tables: device, versions, commit."""
+    device, versions = facts["device"], facts["versions"]
+    assert isinstance(device, dict) and isinstance(versions, dict)
+    known = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    return (
+        f"{device['name']}, {device['threads']} of {device['cpus']} CPU threads\n"
+        f"{known}\ncommit {facts['commit']}\n{facts['command']}"
+    )
+
+
+def table(case: Case, rows: Sequence[Row]) -> str:
+    """The rows of one case as aligned text."""
+    traffic = f"{case.flops() / 1e9:.4g} GFLOP, {case.bytes() / 2**20:.4g} MiB read and written"
+    lines = [_HEADINGS, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADINGS))]
+
+    def aligned(line: Sequence[str]) -> str:
+        first, *numbers, last = line
+        middle = "  ".join(c.rjust(w) for c, w in zip(numbers, widths[1:-1], strict=True))
+        return f"{first.ljust(widths[0])}  {middle}  {last}".rstrip()
+
+    title = f"\n{case.name}: {traffic}"
+    return "\n".join([title, aligned(lines[0]), *(aligned(line) for line in lines[1:])])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    errors = row.errors or {}
+    multiples = [m for n, m in (row.errors_over_eager or {}).items() if n in ("dhidden", "dweight")]
+    about = row.status if row.seconds is None else row.plan or row.configuration
+    resident = row.peak.resident if row.peak is not None else None
+    return (
+        row.provider,
+        f"{row.seconds.median * 1e3:.2f}" if row.seconds else "-",
+        f"{row.ratio.median:.3f}" if row.ratio else "-",
+        f"{row.ratio.low:.2f}..{row.ratio.high:.2f}" if row.ratio else "-",
+        f"{row.tflops:.3f}" if row.tflops else "-",
+        f"{row.peak.allocated / 2**20:.1f}" if row.peak else "-",
+        f"{resident / 2**20:.1f}" if resident is not None else "-",
+        f"{errors['dhidden']:.1e}" if row.seconds and "dhidden" in errors else "-",
+        f"{errors['dweight']:.1e}" if row.seconds and "dweight" in errors else "-",
+        f"{max(multiples):.2f}" if row.seconds and multiples else "-",
+        f"{about}; {row.note}" if row.note else about,
+    )

@@ -1,0 +1,112 @@
+"""What the rollout asks of a transformers causal language model, and its refusals.
+
+transformers is imported when a cache is made, not before: this module loads without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+
+def need_causal_lm(model: PreTrainedModel) -> None:
+    """Raise TypeError, naming the model's class, unless its LM head and KV cache can be used."""
+    name = type(model).__name__
+    head = getattr(model, "get_output_embeddings", None)
+    if head is None:
+        raise TypeError(f"model: need a transformers causal language model, got {name}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: need a decoder-only model, got {name}, an encoder-decoder")
+    if head() is None:
+        raise TypeError(f"model: need a model with a language-model head, got {name} without one")
+    missing = {"input_ids", "attention_mask", "past_key_values"} - forward_arguments(model)
+    if missing:
+        got = f"{name}, whose forward lacks {', '.join(sorted(missing))}"
+        raise TypeError(f"model: need a causal language model with a key-value cache, got {got}")
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """(V, D), the input embeddings: their device is where token ids go."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def forward_arguments(model: nn.Module) -> set[str]:
+    """The arguments that the model's forward names; others may be swallowed unread."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty key-value cache with layers as the model's config asks for.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        TypeError: a layer keeps a state that is not keys and values per token.
+    """
+    try:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "need transformers; install rollfuse[grpo]", name=error.name
+        ) from error
+    cache = DynamicCache(config=model.config)
+    # A recurrent state has no place per token: it could not be padded, nor later cut at a token.
+    for layer in cache.layers:
+        kind = type(layer).__name__
+        if not isinstance(layer, DynamicLayer) and kind != "DummyLayer":
+            raise TypeError(
+                "model: need layers that keep keys and values of each token, "
+                f"got {type(model).__name__} with a {kind}"
+            )
+    return cache
+
+
+def need_filled(cache: DynamicCache, n_tokens: int, model: nn.Module) -> None:
+    """Raise RuntimeError if the model has not written `n_tokens` tokens into the cache it got."""
+    held = cache.get_seq_length()
+    if held != n_tokens:
+        raise RuntimeError(
+            f"model: need one that fills the cache it is given, got {held} of {n_tokens} tokens "
+            f"from {type(model).__name__}"
+        )
+
+
+def left_padded(sequences: list[Tensor], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sequences of several lengths that end in one column, so that all go on in the next.
+
+    Args:
+        sequences: U tensors (L_u,) int64.
+        lengths: (U,) int64, L_u.
+
+    Returns:
+        ids (U, L) int64 and mask (U, L) bool, True on tokens; None where nothing is padded.
+    """
+    if int(lengths.min()) == int(lengths.max()):
+        return torch.stack(sequences), None
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_side="left")
+    return ids, torch.arange(ids.shape[1]) >= (ids.shape[1] - lengths).unsqueeze(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradient inside; outside, every module has the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        # Not inference_mode: rotary embeddings that adapt to the length replace their buffers, and
+        # training could not save an inference tensor for its backward.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

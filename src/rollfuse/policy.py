@@ -1,0 +1,260 @@
+"""Policies to train: a small Qwen3 made on the spot, or any causal LM of transformers.
+
+The small model reads and writes characters. `warm_start` teaches it what an answer looks like on a
+handful of solved problems; how to solve the rest is left to reinforcement learning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.head import Head
+from rollfuse.kernels.linear import linear_logp_entropy
+from rollfuse.rollout.tasks import Problem, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+_MAX_POSITIONS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SmallModel:
+    """The shape of a Qwen3 with tied embeddings; the defaults are about a million parameters."""
+
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 512
+    heads: int = 4
+    kv_heads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "intermediate", "heads", "kv_heads"):
+            checks.need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        good = self.hidden % (2 * self.heads) == 0
+        checks.need(good, "hidden", f"a multiple of 2 * heads = {2 * self.heads}", self.hidden)
+        good = self.heads % self.kv_heads == 0
+        checks.need(good, "heads", f"a multiple of kv_heads = {self.kv_heads}", self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStart:
+    """Supervised training on a few solved problems; the units are problems, steps, problems."""
+
+    problems: int = 500
+    steps: int = 300
+    batch_size: int = 64
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.need(self.steps >= 0, "warm_steps", "0 or more", self.steps)
+        checks.need(self.problems >= 1, "warm_problems", "at least 1", self.problems)
+        checks.need(self.batch_size >= 1, "warm_batch_size", "at least 1", self.batch_size)
+        checks.need(0.0 <= self.lr < 1.0, "warm_lr", "a number in [0, 1)", self.lr)
+
+
+@dataclass(slots=True)
+class Policy:
+    """A model with its tokenizer, and the words between text and tokens."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def head(self) -> Head:
+        """The LM head as the fused ops take it."""
+        return head_of(self.model)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's end token, the model config's own."""
+        generation = getattr(self.model, "generation_config", None)
+        configured = getattr(generation, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        return tuple(sorted({i for i in (self.tokenizer.eos_token_id, *several) if i is not None}))
+
+    def encode(self, problem: Problem, *, is_chat: bool = False) -> list[int]:
+        """Token ids of the prompt; a chat question goes through the template if there is one."""
+        if is_chat and self.tokenizer.chat_template is not None:
+            message = [{"role": "user", "content": problem.prompt}]
+            text = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+            # The template writes the special tokens itself.
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        prompt = f"Question: {problem.prompt}\nAnswer:" if is_chat else problem.prompt
+        return list(self.tokenizer.encode(prompt))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response, without its special tokens."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write a directory that `load_policy` and transformers read."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def need_training_extra() -> None:
+    """Raise ImportError naming the extra if what training needs beyond torch is not installed."""
+    wanted = ("transformers", "safetensors", "rich", "tensorboard")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"training needs {', '.join(missing)}: pip install rollfuse[grpo]")
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The model's LM head, with the logit softcap and scale its config names.
+
+    Raises:
+        ValueError: the model has no linear head on its hidden states.
+    """
+    linear: Any = model.get_output_embeddings()
+    got = type(linear).__name__
+    checks.need(isinstance(linear, torch.nn.Linear), "model", "a linear LM head", got)
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, linear.bias, scale=scale, softcap=softcap)
+
+
+@torch.no_grad()
+def need_same_head(policy: Policy, prompt: list[int]) -> None:
+    """Raise ValueError unless the head on the hidden states gives the model's own log-probs.
+
+    Models differ in what they do between the two; a scale that `head_of` does not know would
+    make the trainer optimise another policy than the one that samples.
+    """
+    ids = torch.tensor([prompt], device=policy.model.device)
+    hidden = policy.model.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
+    own = policy.model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
+    likely = own.topk(min(16, len(own)))
+    rows = torch.zeros_like(likely.indices)
+    found = linear_logp_entropy(hidden, policy.head, likely.indices, rows=rows)
+    worst = float((found.logp - likely.values).abs().max())
+    bound = 1e-3 if hidden.dtype == torch.float32 else 0.1
+    needed = f"log-probs within {bound} nats of its linear head's"
+    checks.need(worst <= bound, "model", needed, f"a difference of {worst:.3g}")
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of single characters, with ids in the order of `alphabet`.
+
+    `<eos>`, `<pad>` and `<unk>` follow. It saves and loads like any tokenizer of transformers.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    good = len(set(alphabet)) == len(alphabet) > 0
+    checks.need(good, "alphabet", "different characters", repr(alphabet))
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<eos>", "<pad>", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def small_policy(task: Task, shape: SmallModel, *, seed: int) -> Policy:
+    """A small Qwen3 over the task's characters, with random weights, float32, on the CPU.
+
+    Raises:
+        ValueError: the task has no alphabet.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if task.alphabet is None:
+        raise ValueError(f"task {task.name}: need --model, a small character model cannot read it")
+    tokenizer = character_tokenizer(task.alphabet)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=_MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    return Policy(model.eval(), tokenizer)
+
+
+def load_policy(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Policy:
+    """The causal LM and tokenizer in a directory that `save_pretrained` wrote; never downloads.
+
+    Raises:
+        ValueError: there is no such directory, it holds no causal LM with a tokenizer, or the
+            tokenizer has no end token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    good = (Path(folder) / "config.json").is_file()
+    checks.need(good, "model", "a directory with a config.json", str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        need = "a causal LM with its tokenizer, as save_pretrained writes them"
+        raise ValueError(f"model {folder}: need {need}, got: {error}") from error
+    has_end = tokenizer.eos_token_id is not None
+    checks.need(has_end, f"model {folder}", "a tokenizer with an end token", "one without")
+    # Dropout would make the trainer's log-probs differ from the sampler's.
+    return Policy(model.eval(), tokenizer)
+
+
+def warm_start(policy: Policy, task: Task, plan: WarmStart, *, seed: int) -> list[float]:
+    """Supervised training on `plan.problems` solved training problems; returns the losses, nats.
+
+    Cross-entropy of the answer and the end token. Batches are drawn with replacement.
+    """
+    solved = task.train[: plan.problems]
+    ids, mask = _solved_batch(policy, solved)
+    ids, mask = ids.to(policy.model.device), mask.to(policy.model.device)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=plan.lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(plan.steps):
+        rows = torch.randint(len(solved), (plan.batch_size,), generator=generator).to(ids.device)
+        logits = policy.model(ids[rows, :-1]).logits
+        chosen = mask[rows, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[chosen].float(), ids[rows, 1:][chosen])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    optimizer.zero_grad()
+    return losses
+
+
+def _solved_batch(policy: Policy, problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+    """(N, L) ids padded on the right, and (N, L) bool, True on the answer and the end token."""
+    end = policy.tokenizer.eos_token_id
+    prompts = [policy.encode(problem) for problem in problems]
+    answers = [[*policy.tokenizer.encode(problem.answer), end] for problem in problems]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(problems), length), end)
+    mask = torch.zeros(len(problems), length, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        mask[i, len(prompt) : len(prompt) + len(answer)] = True
+    return ids, mask

@@ -1,0 +1,174 @@
+"""The report of a run: one HTML file with curves and responses to read, light and dark.
+
+It asks nothing of the network and runs no script, so it can be mailed, archived or attached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rollfuse.chart import line_chart, short
+from rollfuse.config import Config
+
+Record = Mapping[str, Any]
+
+# metric, heading, unit or explanation, where the y axis starts
+CURVES: tuple[tuple[str, str, str, float | None], ...] = (
+    ("heldout_accuracy", "Held-out accuracy", "greedy exact match, share of problems", 0.0),
+    ("reward", "Reward", "mean over the step's responses", 0.0),
+    ("entropy", "Entropy", "nats per sampled token", 0.0),
+    ("kl", "KL to the starting policy", "nats per token, k3 estimate", 0.0),
+    ("length", "Response length", "tokens, end token included", 0.0),
+    ("clip_fraction", "Clip fraction", "share of trained tokens outside the band", 0.0),
+    ("sampler_trainer_diff", "Sampler - trainer", "mean |log-prob difference|, nats", 0.0),
+    ("tokens_per_second", "Throughput", "sampled tokens per second of the whole step", 0.0),
+)
+
+
+def write_report(
+    path: Path, config: Config, metrics: Sequence[Record], samples: Sequence[Record]
+) -> None:
+    """Write the page to `path`, replacing an older one.
+
+    Args:
+        metrics: one record a step, as in metrics.jsonl.
+        samples: responses, as in samples.jsonl: step, prompt, answer, response, reward, tokens
+            (texts), logp (nats).
+    """
+    title = f"rollfuse - {Path(config.data).stem if config.data else config.task}"
+    body = "".join(
+        (
+            f"<h1>{escape(title)}</h1>",
+            _summary(metrics),
+            '<section class="charts">',
+            *(_chart(metrics, *curve) for curve in CURVES),
+            "</section><h2>Responses</h2>",
+            '<p class="hint">A token is the darker, the less likely the policy thought it.</p>',
+            _samples(samples),
+            "<h2>Configuration</h2>",
+            _config(config),
+        )
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), "utf-8")
+    partial.replace(path)
+
+
+def _summary(metrics: Sequence[Record]) -> str:
+    if not metrics:
+        return "<p>No step has been finished yet.</p>"
+    accuracy = [m["heldout_accuracy"] for m in metrics if "heldout_accuracy" in m]
+    seconds = sum(m.get("seconds", 0.0) for m in metrics)
+    tiles = [
+        ("held-out accuracy", f"{accuracy[0]:.3f} &rarr; {accuracy[-1]:.3f}" if accuracy else "-"),
+        ("steps", short(metrics[-1]["step"])),
+        ("time in steps", f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"),
+        ("tokens sampled", short(sum(m.get("tokens", 0.0) for m in metrics))),
+    ]
+    return (
+        '<dl class="tiles">'
+        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
+        + "</dl>"
+    )
+
+
+def _chart(
+    metrics: Sequence[Record], name: str, title: str, unit: str, bottom: float | None
+) -> str:
+    points = [(float(m["step"]), float(m[name])) for m in metrics if name in m]
+    last = next((short(y) for _, y in reversed(points) if math.isfinite(y)), "")
+    return (
+        f"<figure><figcaption><b>{title}</b><span>{last}</span><small>{unit}</small></figcaption>"
+        f"{line_chart(points, label=title, bottom=bottom)}</figure>"
+    )
+
+
+def _samples(samples: Sequence[Record]) -> str:
+    """A fold per step, the newest first and open; inside, responses under their prompt."""
+    by_step = sorted(samples, key=lambda s: -int(s["step"]))
+    folds: list[str] = []
+    for step, of_step in groupby(by_step, key=lambda s: int(s["step"])):
+        inside = []
+        by_prompt = groupby(of_step, key=lambda s: (s["prompt"], s["answer"]))
+        for (prompt, answer), responses in by_prompt:
+            rows = "".join(_response(sample) for sample in responses)
+            inside.append(
+                f'<article><p class="prompt">{escape(prompt)}</p><p class="answer">answer: '
+                f"<b>{escape(answer)}</b></p><table>{rows}</table></article>"
+            )
+        is_open = "" if folds else " open"
+        folds.append(f"<details{is_open}><summary>step {step}</summary>{''.join(inside)}</details>")
+    return "".join(folds) or "<p>None recorded yet.</p>"
+
+
+def _response(sample: Record) -> str:
+    reward = float(sample["reward"])
+    tokens = "".join(
+        f'<span title="{math.exp(logp):.3f}" style="--p:{_shade(logp):.0f}%">{escape(token)}</span>'
+        for token, logp in zip(sample["tokens"], sample["logp"], strict=True)
+    )
+    kind = "good" if reward > 0 else "bad"
+    return (
+        f'<tr><td><b class="{kind}">{short(reward)}</b></td>'
+        f'<td class="n">{len(sample["tokens"])} tok</td><td class="text">{tokens}</td></tr>'
+    )
+
+
+def _shade(logp: float) -> float:
+    """Percent of the marker's colour: 0 for a certain token, 60 for one of probability 0."""
+    return 60.0 * (1.0 - math.exp(min(logp, 0.0)))
+
+
+def _config(config: Config) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in dataclasses.asdict(config).items()
+    )
+    return f'<details><summary>every value</summary><table class="config">{rows}</table></details>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body><main>{body}</main></body></html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --paper:#fbfaf8; --card:#fff; --ink:#1d1d1f; --soft:#6b6b70;
+  --rule:#e4e2dd; --line:#2f6fde; --good:#17803d; --bad:#b42318; --mark:#f5a524; }
+@media (prefers-color-scheme: dark) { :root { --paper:#141416; --card:#1d1d20; --ink:#ececee;
+  --soft:#9a9aa2; --rule:#333338; --line:#7fb0ff; --good:#5fd08a; --bad:#ff8b80; --mark:#b9770e; } }
+* { box-sizing: border-box }
+body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui, sans-serif }
+main { max-width:1240px; margin:0 auto; padding:32px 20px 64px }
+h1 { font-size:26px; margin:0 0 16px } h2 { font-size:19px; margin:40px 0 8px }
+.tiles { display:flex; flex-wrap:wrap; gap:12px; margin:0 0 20px }
+.tiles div, figure, article { background:var(--card); border:1px solid var(--rule);
+  border-radius:10px }
+.tiles div { padding:10px 18px; min-width:150px } dt { color:var(--soft); font-size:13px }
+dd { margin:0; font-size:22px; font-variant-numeric:tabular-nums }
+.charts { display:grid; grid-template-columns:repeat(auto-fill, minmax(280px, 1fr)); gap:12px }
+figure { margin:0; padding:12px 12px 6px }
+figcaption { display:grid; grid-template-columns:1fr auto; padding:0 4px 4px }
+figcaption span { font-variant-numeric:tabular-nums; color:var(--line); font-weight:600 }
+figcaption small, .hint, .answer, .n, .none { color:var(--soft) }
+svg { width:100%; height:auto; display:block }
+svg text { fill:var(--soft); font:11px system-ui, sans-serif; font-variant-numeric:tabular-nums }
+svg .y { text-anchor:end } svg .x { text-anchor:middle } .grid { stroke:var(--rule) }
+.curve, .raw { fill:none; stroke:var(--line); stroke-width:2; stroke-linejoin:round }
+.raw { stroke-width:1; opacity:.3 } .dot, .last { fill:var(--line) } .none { padding:24px 4px }
+details { margin:10px 0 } summary { cursor:pointer; font-weight:600; padding:4px 0 }
+article { padding:12px 16px; margin:8px 0; overflow-x:auto }
+.prompt { margin:0; white-space:pre-wrap; font:14px/1.5 ui-monospace, monospace }
+.answer { margin:0 0 6px; font-size:13px } td { padding:2px 10px 2px 0; vertical-align:top }
+.text { white-space:pre-wrap; font:14px/1.6 ui-monospace, monospace }
+.text span { background:color-mix(in srgb, var(--mark) var(--p), transparent); border-radius:3px }
+.good { color:var(--good) } .bad { color:var(--bad) } .n { white-space:nowrap; font-size:13px }
+.config th { text-align:left; font-weight:500; padding:2px 24px 2px 0; color:var(--soft) }
+"""

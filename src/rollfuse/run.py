@@ -1,0 +1,254 @@
+"""The directory a run leaves behind, and how it survives an interruption.
+
+    config.json        every hyper-parameter
+    metrics.jsonl      one line a step
+    samples.jsonl      responses to read
+    tensorboard/       the same metrics
+    checkpoints/       step-000050/: a directory transformers loads, the optimiser, the counters
+    report.html        curves and samples, one file without network
+
+A checkpoint is written beside its final name and renamed when it is on the disk, so a directory
+called `step-...` is always whole. Lines written after it by a run that died are cut on resuming.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollfuse.config import Config
+from rollfuse.kernels import checks
+
+if TYPE_CHECKING:
+    from rollfuse.policy import Policy
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters a run goes on from; with weights and optimiser they are its whole state."""
+
+    step: int = 0  # steps done
+    prompts_seen: int = 0  # the data position: prompts drawn from the training problems
+    streams_drawn: int = 0  # noise streams of the seed already used
+    updates: int = 0  # optimiser updates, which are also the policy's version
+
+
+class RunDirectory:
+    """A run's files. Make one with `create` or `reopen`."""
+
+    def __init__(self, path: Path, config: Config, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.config = path, config
+        # purge_step hides what a killed run wrote after its last checkpoint.
+        self._board = SummaryWriter(str(path / "tensorboard"), purge_step=first_step)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> RunDirectory:
+        """Make a new directory with the config in it.
+
+        Raises:
+            ValueError: something is there already.
+        """
+        path = Path(path)
+        need = "a path where nothing is yet, or --resume to go on with the run there"
+        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        checks.need(free, "--out", need, str(path))
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(config.to_json() + "\n", "utf-8")
+        return cls(path, config, first_step=0)
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> RunDirectory:
+        """The directory of an earlier run, its records cut back to the last checkpoint.
+
+        Raises:
+            ValueError: it holds no run, or no checkpoint to go on from.
+        """
+        path = Path(path)
+        good = (path / "config.json").is_file()
+        checks.need(good, "--resume", "a run directory with a config.json", str(path))
+        config = Config.from_json(path / "config.json")
+        latest = last_checkpoint(path)
+        if latest is None:
+            raise ValueError(f"--resume: need a checkpoint in {path}, got none; start it anew")
+        step = int(latest.name.removeprefix("step-"))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_until(path / name, step)
+        return cls(path, config, first_step=step + 1)
+
+    def reconfigure(self, config: Config) -> None:
+        """Replace the config, in the directory as well."""
+        self.config = config
+        (self.path / "config.json").write_text(config.to_json() + "\n", "utf-8")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of step `metrics["step"]`."""
+        _append(self.path / "metrics.jsonl", [metrics])
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(metrics["step"]))
+
+    def log_samples(self, samples: Sequence[Mapping[str, object]]) -> None:
+        """Append responses to read, each with its step."""
+        _append(self.path / "samples.jsonl", samples)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The lines of `metrics` or `samples`."""
+        return _lines(self.path / f"{name}.jsonl")
+
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Write a checkpoint, whole or not at all, and drop those older than the last few."""
+        from safetensors.torch import save_file
+
+        folder = self.path / "checkpoints"
+        final = folder / f"step-{progress.step:06d}"
+        if final.exists():
+            return final
+        partial = folder / f".partial-{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        policy.save(partial)
+        tensors, scalars = _flat_optimizer(optimizer)
+        save_file(tensors, partial / "optimizer.safetensors")
+        rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+        state = {"progress": asdict(progress), "optimizer": scalars, "torch_rng": rng}
+        (partial / "state.json").write_text(json.dumps(state), "utf-8")
+        for file in partial.rglob("*"):
+            _sync(file)
+        _sync(partial)
+        partial.rename(final)
+        _sync(folder)
+        for old in checkpoints(self.path)[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+        return final
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((path / "checkpoints").glob("step-*"))
+
+
+def last_checkpoint(path: Path) -> Path | None:
+    found = checkpoints(path)
+    return found[-1] if found else None
+
+
+def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's optimiser state and random state back; returns its counters.
+
+    The weights are read by `load_policy(checkpoint)`.
+    """
+    from safetensors.torch import load_file
+
+    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    parameters: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        parameters.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": parameters, "param_groups": state["optimizer"]})
+    rng = bytearray(base64.b64decode(state["torch_rng"]))
+    torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+    return Progress(**state["progress"])
+
+
+class Interrupts:
+    """SIGINT and SIGTERM as KeyboardInterrupt, but not between `hold` and `release`.
+
+    A step may be abandoned at any point where it has changed nothing yet; updating the weights,
+    counting and writing belong together. Outside the main thread signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._holding = False
+        self._pending = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._arrive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _arrive(self, number: int, frame: FrameType | None) -> None:
+        if self._holding:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        """From here on a signal waits for `release`."""
+        self._holding = True
+
+    def release(self) -> None:
+        """Signals count again; one that has been waiting is raised now."""
+        self._holding = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+
+def _flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Any]]:
+    """({"<parameter>.<key>": tensor}, param_groups) of the optimiser's state."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{key}": value.detach().cpu().contiguous().clone()
+        for index, values in state["state"].items()
+        for key, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _append(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").splitlines()
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record of a line, or None for one that a dying process left half written."""
+    try:
+        return dict(json.loads(line))
+    except (json.JSONDecodeError, ValueError):
+        return None
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [record for record in _lines(path) if record["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+    partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

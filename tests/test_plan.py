@@ -1,0 +1,53 @@
+"""Plans: what is chosen, and that the published byte formula is what a pass really allocates."""
+
+import pytest
+import torch
+from head_cases import coupled, make_problem, smooth_local
+
+from rollfuse import Plan, explain, linear_policy_loss
+
+
+def allocated_peak(run) -> int:
+    """Bytes by which the CPU allocator's total rose at most while `run` ran."""
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        result = run()
+    del result
+    total = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["fused", "recompute", "unit"])
+def test_peak_bytes_follow_the_formula(kind, dtype):
+    frozen = "weight,bias" if kind == "unit" else ""
+    problem = make_problem(
+        n_rows=700, width=64, vocabulary=9000, dtype=dtype, bias=False, frozen=frozen
+    )
+    objective = smooth_local if kind == "fused" else coupled
+    arguments = (problem.hidden, problem.head, problem.batch, objective, Plan(kind))
+    report = explain(*arguments)
+
+    def run():
+        result = linear_policy_loss(*arguments[:4], plan=arguments[4])
+        return torch.autograd.grad(result.loss, problem.leaves)
+
+    returned = sum(leaf.nbytes for leaf in problem.leaves)
+    peak = allocated_peak(run) - returned
+    assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
+
+
+def test_the_kind_follows_from_what_is_declared():
+    trainable, frozen = make_problem(), make_problem(frozen="weight,bias")
+    kinds = [
+        explain(p.hidden, p.head, p.batch, objective).kind
+        for p in (trainable, frozen)
+        for objective in (smooth_local, coupled)
+    ]
+    assert kinds == ["fused", "recompute", "fused", "unit"]
+    with torch.no_grad():
+        report = explain(trainable.hidden, trainable.head, trainable.batch, smooth_local)
+    assert report.flops == 2 * report.slots * 16 * 301

@@ -1,0 +1,52 @@
+"""What the README says is run, and its file map is the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+MAPPED = ("src/rollfuse", "kernels", "kernels/_triton", "losses", "rollout", "bench")
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, object]:
+    """The blocks run in order in one namespace, as a reader would type them."""
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(CODE, 1):
+        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+    return namespace
+
+
+def test_the_blocks_give_a_loss_and_gradients(names):
+    assert len(CODE) == 2
+    assert names["out"].loss.isfinite()
+    for tensor in (names["hidden"], names["weight"]):
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_the_blocks_are_as_short_as_promised():
+    first, second = (re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE)
+    lines = [
+        len([line for line in block.splitlines() if line.strip()]) for block in (first, second)
+    ]
+    assert lines[0] <= 12
+    assert lines[1] <= 5
+
+
+def test_every_file_has_its_line_in_the_map_and_every_line_its_file():
+    mapped = re.findall(r"^    (\S+\.py) {2,}\S", README, re.MULTILINE)
+    present = [
+        f"{folder}/{path.name}" for folder in MAPPED for path in (ROOT / folder).glob("*.py")
+    ]
+    assert sorted(mapped) == sorted(present)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
