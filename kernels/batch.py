@@ -116,6 +116,7 @@ class TokenBatch:
         cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
 
         def pick(name: str, value: Tensor) -> Tensor:
+            checks.need_tensor(value, name)
             return _pick_padded(name, value.to(ids.device), n_sequences, length, flat)
 
         return _assemble(
@@ -169,7 +170,9 @@ class TokenBatch:
             if isinstance(value, Tensor):
                 checks.need_shape(value, (len(ids),), name, "one value a sequence")
                 return value.to(device).repeat_interleave(lengths)[flat]
+            checks.need(len(value) == len(ids), name, f"{len(ids)} sequences", len(value))
             for b, (row, like) in enumerate(zip(value, ids, strict=True)):
+                checks.need_tensor(row, f"{name}[{b}]")
                 checks.need_shape(row, tuple(like.shape), f"{name}[{b}]", "the shape of its ids")
             return torch.cat([row.to(device) for row in value])[flat]
 
@@ -187,12 +190,17 @@ class TokenBatch:
     # -- using ------------------------------------------------------------------------------
 
     def select(self, index: Tensor) -> TokenBatch:
-        """The pairs `index` (n,) int64 or (P,) bool; sequences lose their borders (cu_seqlens)."""
+        """The pairs `index` (n,) int64 or (P,) bool, each still on its own hidden row.
+
+        Sequences lose their borders (cu_seqlens); see `keep`.
+        """
         picked = {
             name: value[index]
             for name in _PAIR_FIELDS
             if isinstance(value := getattr(self, name), Tensor)
         }
+        if self.rows is None:
+            picked["rows"] = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
         extra = {name: value[index] for name, value in self.extra.items()}
         return _unchecked(
             self, **picked, extra=extra, cu_seqlens=None, padded_shape=None, host=None
@@ -275,7 +283,9 @@ def _check_structure(batch: TokenBatch) -> None:
     named = [(name, getattr(batch, name)) for name in _PAIR_FIELDS]
     named += [(f"extra[{name!r}]", value) for name, value in batch.extra.items()]
     for name, value in named:
-        if value is None or (name == "temperature" and not isinstance(value, Tensor)):
+        optional = name not in ("targets", "weights")
+        shared = name == "temperature" and isinstance(value, float | int)  # checked below
+        if shared or (value is None and optional):
             continue
         checks.need_tensor(value, name)
         checks.need_shape(value, shape, name, "one value a pair")
