@@ -40,11 +40,12 @@ class Purpose(IntEnum):
 
     A value once given is never reused, because recorded rollouts are re-verified by it. New
     purposes (acceptance uniforms, a fresh stream after a rejection) take the next free number.
+    There is no 0: mix64(0) is 0, and stream 0 would have all-zero bits for token 0 at position 0.
     """
 
-    SAMPLE = 0
-    FORK = 1
-    SEED = 2
+    SAMPLE = 1
+    FORK = 2
+    SEED = 3
 
 
 def row_keys(streams: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:

@@ -32,7 +32,7 @@ class RowStatistics(NamedTuple):
     """Per slot; float32, or float64 for float64 logits."""
 
     top: Tensor  # (S,) largest pre(g); -inf where the whole row is
-    index: Tensor  # (S,) int64, its column
+    top_column: Tensor  # (S,) int64, its column
     rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns
     spread: Tensor  # (S,) sum of exp(z - z_top) * (z_top - z)
 

@@ -10,7 +10,14 @@ from torch.overrides import TorchFunctionMode
 
 from rollfuse.kernels import sampling as sampling_module
 from rollfuse.kernels.dispatch import backend
-from rollfuse.kernels.noise import Purpose, fork_streams, new_streams, noise_words, row_keys
+from rollfuse.kernels.noise import (
+    Purpose,
+    fork_streams,
+    gumbels,
+    new_streams,
+    noise_words,
+    row_keys,
+)
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
 
 DEVICE = "cuda" if backend.name in ("cuda", "rocm") else "cpu"
@@ -162,11 +169,19 @@ def test_stream_and_position_both_matter() -> None:
 
 def test_equal_scores_go_to_the_lowest_id() -> None:
     # At 1e9 a float32 has steps of 64: the noise vanishes.
-    logits, streams, positions = inputs(4, 5000)
+    logits, streams, positions = inputs(8, 5000)
     logits[:] = 1e9
     assert (sample_tokens(logits, streams, positions).ids == 0).all()
     logits[:, :2500] = 0.0
     assert (sample_tokens(logits, streams, positions).ids == 2500).all()
+    # At 1e7 the steps are 1: ties that the noise decides, within blocks and between them.
+    logits[:] = 1e7
+    words = noise_words(
+        row_keys(streams, positions, Purpose.SAMPLE), torch.arange(5000, device=DEVICE)
+    )
+    rounded = (logits + gumbels(words)).cpu()
+    expected = [row.index(max(row)) for row in rounded.tolist()]
+    assert sample_tokens(logits, streams, positions).ids.tolist() == expected
 
 
 def test_strided_logits() -> None:

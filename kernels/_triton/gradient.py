@@ -8,8 +8,14 @@ import triton
 import triton.language as tl
 
 from rollfuse.kernels._triton.compile import CompileCase
-from rollfuse.kernels._triton.rows import on_device_of, prepare, shift
-from rollfuse.kernels._triton.statistics import LAUNCH, NUM_STAGES, launch_parameters
+from rollfuse.kernels._triton.rows import (
+    LAUNCH,
+    NUM_STAGES,
+    launch_parameters,
+    on_device_of,
+    prepare,
+    shift,
+)
 from rollfuse.kernels.rows import RowCoefficients, RowStatistics, Transform
 
 

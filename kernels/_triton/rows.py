@@ -10,6 +10,11 @@ from rollfuse.kernels import rows
 
 FLOOR = tl.constexpr(rows.FLOOR)
 
+# (largest BLOCK, warps): a small vocabulary is one block, a large one a loop. A block of 4096
+# needs so many registers that some targets spill.
+LAUNCH = ((256, 1), (1024, 4), (2048, 8))
+NUM_STAGES = 2
+
 
 @triton.jit
 def prepare(g, cols, inside, bias, pre_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
@@ -61,6 +66,14 @@ def shift(g, m, factor):
     """z - z_top, with FLOOR for -inf; a comparison, not a maximum, so that NaN spoils the sums."""
     shifted = (g - tl.where(m == -float("inf"), 0.0, m)) * factor
     return tl.where(shifted < FLOOR, FLOOR, shifted)
+
+
+def launch_parameters(n_cols: int) -> tuple[int, int]:
+    """(BLOCK, warps) for rows of `n_cols` columns."""
+    for largest, num_warps in LAUNCH:
+        if n_cols <= largest:
+            return max(16, triton.next_power_of_2(n_cols)), num_warps
+    return LAUNCH[-1]
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -6,13 +6,15 @@ import triton.language as tl
 
 from rollfuse.kernels._triton.compile import CompileCase
 from rollfuse.kernels._triton.noise import MAX_GUMBEL, gumbels, noise_words, row_key
-from rollfuse.kernels._triton.rows import join_block, on_device_of
+from rollfuse.kernels._triton.rows import (
+    LAUNCH,
+    NUM_STAGES,
+    join_block,
+    launch_parameters,
+    on_device_of,
+)
 from rollfuse.kernels.noise import Purpose
 from rollfuse.kernels.rows import RowStatistics
-
-# (largest BLOCK, warps): a small vocabulary is one block, a large one a loop.
-_LAUNCH = ((256, 1), (1024, 4), (2048, 8))
-_NUM_STAGES = 2
 
 
 # Row stride and vocabulary stay specialised: a model has one vocabulary, and whether it is a
@@ -65,34 +67,28 @@ def draw_tokens(
     n_rows, n_cols = logits.shape
     ids = torch.empty_like(streams)
     top, rest, spread = (logits.new_empty(n_rows, dtype=torch.float32) for _ in range(3))
-    stats = RowStatistics(top=top, index=torch.empty_like(ids), rest=rest, spread=spread)
+    stats = RowStatistics(top=top, top_column=torch.empty_like(ids), rest=rest, spread=spread)
     if n_rows == 0:
         return ids, stats
-    block, num_warps = _launch_parameters(n_cols)
+    block, num_warps = launch_parameters(n_cols)
     with on_device_of(logits):
         _sample_kernel[(n_rows,)](
-            logits, inverse_temperature, streams.contiguous(), positions.to(torch.int64).contiguous(),
-            ids, stats.top, stats.index, stats.rest, stats.spread,
+            logits, inverse_temperature,
+            streams.contiguous(), positions.to(torch.int64).contiguous(),
+            ids, stats.top, stats.top_column, stats.rest, stats.spread,
             n_cols, logits.stride(0), logits.stride(1), inverse_temperature.stride(0),
             PURPOSE=int(Purpose.SAMPLE), BLOCK=block,
-            num_warps=num_warps, num_stages=_NUM_STAGES,
+            num_warps=num_warps, num_stages=NUM_STAGES,
         )  # fmt: skip
     return ids, stats
-
-
-def _launch_parameters(n_cols: int) -> tuple[int, int]:
-    for largest, num_warps in _LAUNCH:
-        if n_cols <= largest:
-            return max(16, triton.next_power_of_2(n_cols)), num_warps
-    return _LAUNCH[-1]
 
 
 def compile_cases() -> list[CompileCase]:
     """Every dtype at the largest block, the other blocks in float32."""
     cases = []
     for dtype, (block, num_warps) in [
-        *(("fp32", launch) for launch in _LAUNCH),
-        *((half, _LAUNCH[-1]) for half in ("bf16", "fp16")),
+        *(("fp32", launch) for launch in LAUNCH),
+        *((half, LAUNCH[-1]) for half in ("bf16", "fp16")),
     ]:
         signature = {
             "logits": f"*{dtype}", "inverse_temperature": "*fp32",
@@ -108,6 +104,6 @@ def compile_cases() -> list[CompileCase]:
         }
         name = f"sample {dtype} block {block}"
         cases.append(
-            CompileCase(name, _sample_kernel, signature, constexprs, num_warps, _NUM_STAGES)
+            CompileCase(name, _sample_kernel, signature, constexprs, num_warps, NUM_STAGES)
         )
     return cases

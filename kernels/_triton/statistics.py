@@ -5,12 +5,15 @@ import triton
 import triton.language as tl
 
 from rollfuse.kernels._triton.compile import CompileCase
-from rollfuse.kernels._triton.rows import join_block, on_device_of, prepare
+from rollfuse.kernels._triton.rows import (
+    LAUNCH,
+    NUM_STAGES,
+    join_block,
+    launch_parameters,
+    on_device_of,
+    prepare,
+)
 from rollfuse.kernels.rows import RowStatistics, Transform
-
-# (largest BLOCK, warps): a small vocabulary is one block, a large one a loop.
-LAUNCH = ((256, 1), (1024, 4), (2048, 8))
-NUM_STAGES = 2
 
 
 # The vocabulary and the row stride stay specialised: a model has one, and whether it is a multiple
@@ -28,7 +31,7 @@ def _statistics_kernel(
     f = tl.load(factor + slot)
     lanes = tl.arange(0, BLOCK)
     m = tl.full((), -float("inf"), tl.float32)
-    m_col = tl.full((), 0, tl.int32)
+    m_col = tl.full((), -1, tl.int32)
     others = tl.zeros((BLOCK,), tl.float32)
     centred = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
@@ -62,21 +65,13 @@ def row_statistics(
     with on_device_of(logits):
         _statistics_kernel[(n_slots,)](
             logits, rows, transform.factor, transform.bias,
-            stats.top, stats.index, stats.rest, stats.spread,
+            stats.top, stats.top_column, stats.rest, stats.spread,
             n_cols, logits.stride(0), transform.pre_scale or 0.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None,
             HAS_SOFTCAP=transform.pre_scale is not None, BLOCK=block,
             num_warps=num_warps, num_stages=NUM_STAGES,
         )  # fmt: skip
     return stats
-
-
-def launch_parameters(n_cols: int) -> tuple[int, int]:
-    """(BLOCK, warps) for rows of `n_cols` columns."""
-    for largest, num_warps in LAUNCH:
-        if n_cols <= largest:
-            return max(16, triton.next_power_of_2(n_cols)), num_warps
-    return LAUNCH[-1]
 
 
 def compile_cases() -> list[CompileCase]:
