@@ -218,15 +218,23 @@ class TokenBatch:
         device = torch.device(device)
         if device == self.device:
             return self
+        # A copy to the CPU must be there before it is read.
+        wait_free = device.type != "cpu"
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=wait_free)
+
         moved: dict[str, object] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: move(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        for name in ("scalars", "extra"):
-            mapping: Mapping[str, Tensor] = getattr(self, name)
-            moved[name] = {k: v.to(device, non_blocking=True) for k, v in mapping.items()}
-        host = self if self.device.type == "cpu" else None
+        moved["scalars"] = {name: move(value) for name, value in self.scalars.items()}
+        moved["extra"] = {name: move(value) for name, value in self.extra.items()}
+        if device.type == "cpu":
+            host = None
+        else:
+            host = self if self.device.type == "cpu" else self.host
         return _unchecked(self, **moved, host=host)
 
     def to_padded(self, values: Tensor, fill: float = 0.0) -> Tensor:
