@@ -103,8 +103,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        # Not inference_mode: rotary embeddings that adapt to the length replace their buffers, and
-        # training could not save an inference tensor for its backward.
+        # Not inference_mode: a rotary embedding that adapts to the length keeps tensors it makes
+        # here, and training could not save an inference tensor for its backward.
         with torch.no_grad():
             yield
     finally:

@@ -6,6 +6,8 @@ from check import assert_close, assert_no_worse
 
 from rollfuse import logp_entropy
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_matches_log_softmax_with_shared_rows_and_temperatures(dtype):

@@ -8,6 +8,8 @@ from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
 from rollfuse.kernels.rows import Transform
 from rollfuse.kernels.statistics import row_statistics, target_logp, target_shift
 
+pytestmark = pytest.mark.kernels
+
 
 def coefficients_of(logits, slot, column, dlogp, dentropy):
     transform = Transform(torch.ones(logits.shape[0]))

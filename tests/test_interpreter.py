@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels" / "_triton"
 # The tests that compare each module's kernels with PyTorch.
 COMPARISONS = {
-    "gradient": "test_policy.py",
+    "gradient": "test_gradient.py",
     "sampling": "test_sampling.py",
     "statistics": "test_statistics.py",
 }

@@ -7,6 +7,8 @@ from head_cases import gradients, make_problem, reference
 
 from rollfuse import Plan, linear_logp_entropy, linear_policy_loss
 
+pytestmark = pytest.mark.kernels
+
 
 def call(problem, **options):
     batch = problem.batch

@@ -21,6 +21,8 @@ from rollfuse.kernels.noise import (
     uniforms,
 )
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if backend.name in ("cuda", "rocm") else "cpu"
 M32, M64 = 2**32 - 1, 2**64 - 1
 

@@ -30,6 +30,8 @@ from rollfuse import (
 from rollfuse.kernels import gemm, gradient, head_pass, plan
 from rollfuse.kernels.dispatch import backend
 
+pytestmark = pytest.mark.kernels
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter truncates where a GPU rounds when it narrows float32: twice the error.
 HALF_SLACK = 2.5 if backend.name == "interpret" else 1.5

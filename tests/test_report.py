@@ -89,7 +89,7 @@ def test_samples_can_be_read_and_cannot_inject(tmp_path: Path) -> None:
     text = page(tmp_path, 10, [SAMPLE, {**SAMPLE, "step": 9, "reward": 0.0}])
     assert "&lt;b&gt;21&gt;&lt;/b&gt;" in text and "<b>21>" not in text
     assert "&lt;eos&gt;" in text and "3 tok" in text
-    assert text.index("step 9") < text.index("step 5")
+    assert text.index("<summary>step 9") < text.index("<summary>step 5")
     shades = [float(p) for p in re.findall(r"--p:(\d+)%", text)[:3]]
     assert shades[1] > shades[0] > shades[2] == 0
 

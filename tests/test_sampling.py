@@ -20,6 +20,8 @@ from rollfuse.kernels.noise import (
 )
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if backend.name in ("cuda", "rocm") else "cpu"
 # The interpreter takes some 10 ms a row.
 ROWS, FEW = (150, 8) if backend.name == "interpret" else (5000, 40)

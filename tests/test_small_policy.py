@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 
 from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.policy import (
@@ -20,7 +21,6 @@ from rollfuse.policy import (
     warm_start,
 )
 from rollfuse.rollout.tasks import Problem, arithmetic_task, questions_task, sort_task
-from tiny_models import tiny_llama
 
 TINY = SmallModel(layers=1, hidden=16, intermediate=32, heads=2, kv_heads=1)
 TWENTY = Path(__file__).parent / "data" / "gsm8k_twenty.jsonl"

@@ -12,6 +12,8 @@ from rollfuse.kernels.statistics import (
     target_shift,
 )
 
+pytestmark = pytest.mark.kernels
+
 # One column, odd, one past a block of 256, 1024 and 4096, and a multi-block odd size.
 WIDTHS = (1, 7, 257, 1025, 4097, 9001)
 

@@ -35,13 +35,13 @@ class Config:
     intermediate: int = 256
     heads: int = 4
     kv_heads: int = 2
-    warm_steps: int = 300  # supervised steps before GRPO; 0 with --model
-    warm_problems: int = 500
+    warm_steps: int = 100  # supervised steps before GRPO; 0 with --model
+    warm_problems: int = 80
     warm_batch_size: int = 64  # problems
     warm_lr: float = 1e-3
 
-    steps: int = 400  # GRPO steps
-    prompts_per_step: int = 32
+    steps: int = 800  # GRPO steps
+    prompts_per_step: int = 64
     group_size: int = 8  # responses per prompt
     max_new_tokens: int | None = None  # None: the task's own limit
     temperature: float = 1.0
@@ -54,8 +54,9 @@ class Config:
     reference: bool = True  # keep the starting policy, to measure the distance from it
     rescore: bool | None = None  # old log-probs by a pass of the trainer; None: unless float32
     minibatches: int = 1  # optimiser updates per step
+    decode_sequences: int | None = None  # responses sampled together; None: the whole step's
     micro_sequences: int = 256  # responses in one forward and backward
-    lr: float | None = None  # None: 1e-3 for the small model, 1e-6 for --model
+    lr: float | None = None  # None: 3e-4 for the small model, 1e-6 for --model
     lr_warmup: int = 10  # updates
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -77,7 +78,7 @@ class Config:
     def learning_rate(self) -> float:
         if self.lr is not None:
             return self.lr
-        return 1e-3 if self.model is None else 1e-6
+        return 3e-4 if self.model is None else 1e-6
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -131,6 +132,11 @@ def _check_ranges(config: Config) -> None:
         ("eps_low", config.eps_low < 1, "a number in [0, 1)"),
         ("lr", 0 <= config.learning_rate < 1, "a number in [0, 1)"),
         ("loss", config.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+        (
+            "decode_sequences",
+            config.decode_sequences is None or config.decode_sequences >= config.group_size,
+            f"at least --group-size = {config.group_size}",
+        ),
         ("tis_cap", config.tis_cap is None or config.tis_cap > 0, "a number > 0"),
         ("reference", config.reference or config.kl_coef == 0, "a reference policy for --kl-coef"),
         ("dtype", config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+except ImportError as error:
+    raise ImportError("progress needs rich: pip install rollfuse[grpo]") from error
 
 # In a log file a line each step would bury the rest.
 _PLAIN_EVERY = 10

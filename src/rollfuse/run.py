@@ -63,9 +63,7 @@ class RunDirectory:
             ValueError: something is there already.
         """
         path = Path(path)
-        need = "a path where nothing is yet, or --resume to go on with the run there"
-        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-        checks.need(free, "--out", need, str(path))
+        need_free(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(config.to_json() + "\n", "utf-8")
         return cls(path, config, first_step=0)
@@ -137,6 +135,14 @@ class RunDirectory:
 
     def close(self) -> None:
         self._board.close()
+
+
+def need_free(path: str | Path) -> None:
+    """Raise ValueError if there is something at `path` that a new run would mix with."""
+    path = Path(path)
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    need = "a path where nothing is yet, or --resume to go on with the run there"
+    checks.need(free, "--out", need, str(path))
 
 
 def checkpoints(path: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from rollfuse.policy import (
 )
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.tasks import Task, built_in_task, questions_task
-from rollfuse.run import Progress, RunDirectory, last_checkpoint, restore
+from rollfuse.run import Progress, RunDirectory, last_checkpoint, need_free, restore
 
 
 @dataclass(slots=True)
@@ -40,18 +40,19 @@ class Session:
 
 
 def start(config: Config, out: str | Path) -> Session:
-    """A new training: all that can be wrong is found before anything is written or computed."""
+    """A new training: what can be wrong is found before anything is computed or written."""
     need_training_extra()
+    need_free(out)
     task = load_task(config)
     limit = config.max_new_tokens or task.max_new_tokens
     config = replace(config, max_new_tokens=limit, lr=config.learning_rate)
     policy = _first_policy(config, task)
-    session = _assemble(config, task, policy, RunDirectory.create(out, config))
     if config.model is None:
         plan = WarmStart(
             config.warm_problems, config.warm_steps, config.warm_batch_size, config.warm_lr
         )
         warm_start(policy, task, plan, seed=config.seed)
+    session = _assemble(config, task, policy, RunDirectory.create(out, config))
     if config.model is None and config.reference:
         policy.save(session.run.path / "reference")
     session.reference = _reference(session)
@@ -69,6 +70,7 @@ def reopen(out: str | Path, *, steps: int | None) -> Session:
     assert checkpoint is not None
     _set_threads(run.config)
     policy = load_policy(checkpoint, dtype=getattr(torch, run.config.dtype))
+    policy.model.to(_device(run.config))
     session = _assemble(run.config, load_task(run.config), policy, run)
     session.progress = restore(checkpoint, session.optimizer)
     session.reference = _reference(session)
@@ -90,18 +92,25 @@ def load_task(config: Config) -> Task:
 def _first_policy(config: Config, task: Task) -> Policy:
     _set_threads(config)
     if config.model is not None:
-        return load_policy(config.model, dtype=getattr(torch, config.dtype))
-    shape = SmallModel(
-        config.layers, config.hidden, config.intermediate, config.heads, config.kv_heads
-    )
-    return small_policy(task, shape, seed=config.seed)
+        policy = load_policy(config.model, dtype=getattr(torch, config.dtype))
+    else:
+        shape = SmallModel(
+            config.layers, config.hidden, config.intermediate, config.heads, config.kv_heads
+        )
+        policy = small_policy(task, shape, seed=config.seed)
+    policy.model.to(_device(config))
+    need_same_head(policy, policy.encode(task.heldout[0], is_chat=task.is_chat))
+    return policy
 
 
 def _assemble(config: Config, task: Task, policy: Policy, run: RunDirectory) -> Session:
     assert config.max_new_tokens is not None
-    policy.model.to(_device(config))
-    need_same_head(policy, policy.encode(task.heldout[0], is_chat=task.is_chat))
-    engine = Engine(policy.model, max_new_tokens=config.max_new_tokens, stop_tokens=policy.stop_ids)
+    engine = Engine(
+        policy.model,
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=policy.stop_ids,
+        max_batch=config.decode_sequences,
+    )
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )

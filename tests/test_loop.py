@@ -1,0 +1,330 @@
+"""The GRPO loop: gradients, resuming, interruptions, refusals, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_qwen3
+from torch import Tensor
+
+from rollfuse import loop, session, update
+from rollfuse.config import Config
+from rollfuse.policy import Policy, SmallModel, character_tokenizer, load_policy, small_policy
+from rollfuse.rollout.engine import Engine
+from rollfuse.rollout.packing import hidden_rows
+from rollfuse.rollout.tasks import arithmetic_task, questions_task, sort_task
+from rollfuse.run import checkpoints
+from rollfuse.update import Minibatch, accumulate, clip_fraction, score
+
+TWENTY = Path(__file__).parent / "data" / "gsm8k_twenty.jsonl"
+TINY = Config(
+    layers=1,
+    hidden=16,
+    intermediate=32,
+    heads=2,
+    kv_heads=1,
+    heldout=8,
+    warm_steps=30,
+    warm_batch_size=16,
+    warm_lr=1e-2,
+    steps=6,
+    prompts_per_step=6,
+    group_size=4,
+    max_new_tokens=6,
+    lr=1e-3,
+    eval_every=3,
+    checkpoint_every=3,
+    sample_every=2,
+    threads=1,
+)
+
+
+def some_minibatch(n_prompts: int = 5) -> tuple[Policy, Minibatch]:
+    """Responses of several lengths with advantages of both signs, a group without spread."""
+    task = arithmetic_task()
+    policy = small_policy(task, SmallModel(1, 16, 32, 2, 1), seed=0)
+    engine = Engine(policy.model, max_new_tokens=6, stop_tokens=range(8))
+    prompts = [policy.encode(problem) for problem in task.train[:n_prompts]]
+    rollout = engine.generate(prompts, 4, seed=1)
+    advantages = torch.linspace(-1.5, 1.5, len(rollout))[torch.randperm(len(rollout))]
+    advantages[4:8] = 0.0
+    # An old policy somewhat away from this one, so that some ratios are clipped.
+    logp_old = rollout.logp + 0.4 * torch.randn(len(rollout.logp))
+    logp_ref = rollout.logp - 0.1
+    assert len(set(rollout.lengths.tolist())) > 2
+    return policy, Minibatch(rollout, advantages, logp_old, logp_ref)
+
+
+def gradients(policy: Policy, minibatch: Minibatch, config: Config) -> tuple[float, list[Tensor]]:
+    policy.model.zero_grad()
+    loss = accumulate(policy, minibatch, config).loss
+    return loss, [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "rloo"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_accumulation_equals_one_big_batch(loss: str, kl_coef: float) -> None:
+    policy, minibatch = some_minibatch()
+    config = replace(TINY, loss=loss, kl_coef=kl_coef)
+    whole_loss, whole = gradients(policy, minibatch, replace(config, micro_sequences=100))
+    parts_loss, parts = gradients(policy, minibatch, replace(config, micro_sequences=3))
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-5, abs=1e-6)
+    for one, other in zip(whole, parts, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+    assert whole[0].norm() > 1e-3
+
+
+def plain_loss(policy: Policy, minibatch: Minibatch, config: Config) -> Tensor:
+    """GRPO written once more from the paper, a sequence at a time on the model's own logits."""
+    rollout, total = minibatch.rollout, torch.zeros(())
+    for b, response in enumerate(rollout.responses()):
+        prompt = rollout.prompts[int(rollout.prompt_index[b])]
+        logits = policy.model(torch.cat([prompt, response])[None]).logits[0]
+        logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0]
+        start, end = rollout.cu_seqlens[b : b + 2]
+        ratio = (logp - minibatch.logp_old[start:end]).exp()
+        a = minibatch.advantages[b]
+        surrogate = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        d = minibatch.logp_ref[start:end] - logp
+        total = total + (surrogate + config.kl_coef * (d.exp() - 1 - d)).mean()
+    return total / len(rollout)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_the_update_is_grpo(kl_coef: float) -> None:
+    policy, minibatch = some_minibatch()
+    config = replace(TINY, kl_coef=kl_coef)
+    loss, found = gradients(policy, minibatch, config)
+    policy.model.zero_grad()
+    expected = plain_loss(policy, minibatch, config)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    wanted = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def test_groups_without_spread_do_not_enter_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, minibatch = some_minibatch()
+    seen: list[Tensor] = []
+
+    def watched(model: object, packed: object) -> Tensor:
+        seen.append(packed.sequences)
+        return hidden_rows(model, packed)
+
+    monkeypatch.setattr(update, "hidden_rows", watched)
+    gradients(policy, minibatch, TINY)
+    active = (minibatch.advantages != 0).nonzero().squeeze(1)
+    assert torch.equal(torch.cat(seen), active) and len(active) == 16
+    seen.clear()
+    gradients(policy, minibatch, replace(TINY, kl_coef=0.1))
+    assert len(torch.cat(seen)) == 20  # the KL term needs everybody
+    seen.clear()
+    idle = minibatch._replace(advantages=torch.zeros(20))
+    assert gradients(policy, idle, TINY) == (0.0, [])
+    assert not seen
+
+
+def test_scores_are_the_samplers_log_probs() -> None:
+    policy, minibatch = some_minibatch()
+    found = score(policy, minibatch.rollout, micro_sequences=3)
+    assert torch.allclose(found, minibatch.rollout.logp, atol=1e-5)
+
+
+def test_the_clip_fraction_counts_what_is_clipped() -> None:
+    policy, minibatch = some_minibatch()
+    found = accumulate(policy, minibatch, TINY)
+    clipped = 0
+    for logp, old, a in zip(found.logp, found.logp_old, found.advantages, strict=True):
+        ratio = (logp - old).exp()
+        clipped += bool(a > 0 and ratio > 1.2) or bool(a < 0 and ratio < 0.8)
+    assert 0 < clipped < len(found.logp)
+    assert clip_fraction(found, TINY) == pytest.approx(clipped / len(found.logp))
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return dict(load_policy(checkpoints(run)[-1]).model.state_dict())
+
+
+def timeless(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if "second" not in k} for m in lines]
+
+
+@pytest.mark.parametrize("changes", [{}, {"minibatches": 2, "kl_coef": 0.05, "rescore": True}])
+def test_resuming_is_bitwise(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = replace(TINY, **changes)
+    straight = loop.train(config, tmp_path / "straight")
+    loop.train(replace(config, steps=3), tmp_path / "parts")
+    torch.manual_seed(123)
+    parts = loop.resume(tmp_path / "parts", steps=6)
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(parts)[name]), name
+    assert timeless(straight) == timeless(parts)
+    assert len(timeless(straight)) == 6 + 3  # steps and measurements
+    samples = [(run / "samples.jsonl").read_text() for run in (straight, parts)]
+    assert samples[0] == samples[1]
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: int) -> None:
+    """Send SIGTERM to this process inside the `call`-th call of a function of the loop."""
+    original, count = getattr(module, name), [0]
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "done"),
+    [("_grade", 5, 4), ("accumulate", 5, 4), ("_update", 5, 5), ("heldout_accuracy", 2, 3)],
+)
+def test_an_interruption_loses_at_most_the_running_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int, done: int
+) -> None:
+    straight = loop.train(TINY, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, loop, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(TINY, tmp_path / "cut")
+    assert checkpoints(tmp_path / "cut")[-1].name == f"step-{done:06d}"
+    assert (tmp_path / "cut" / "report.html").exists()
+    loop.resume(tmp_path / "cut")
+    for key, value in weights(straight).items():
+        assert torch.equal(value, weights(tmp_path / "cut")[key]), key
+    assert timeless(straight) == timeless(tmp_path / "cut")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = [0]
+
+    def poisoned(policy: Policy, minibatch: Minibatch, config: Config) -> update.Accumulated:
+        found = accumulate(policy, minibatch, config)
+        count[0] += 1
+        if count[0] == 2:
+            next(policy.model.parameters()).grad[0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(loop, "accumulate", poisoned)
+    with pytest.raises(FloatingPointError, match="step 2: need a finite loss and gradient"):
+        loop.train(replace(TINY, checkpoint_every=1), tmp_path / "run")
+    assert checkpoints(tmp_path / "run")[-1].name == "step-000001"
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_everything_promised_is_written(tmp_path: Path) -> None:
+    run = loop.train(TINY, tmp_path / "run")
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "reference",
+        "report.html",
+    }
+    records = timeless(run)
+    assert [m["step"] for m in records if "heldout_accuracy" in m] == [0, 3, 6]
+    last = records[-2]
+    for name in ("reward", "loss", "entropy", "length", "clip_fraction", "sampler_trainer_diff"):
+        assert name in last
+    assert [m["step"] for m in records if "kl" in m] == [1, 4]
+    assert next(m["kl"] for m in records if "kl" in m) == pytest.approx(0.0, abs=1e-6)
+    assert all(m["sampler_trainer_diff"] < 1e-5 for m in records if "loss" in m)
+    config = Config.from_json(run / "config.json")
+    assert (config.lr, config.max_new_tokens) == (1e-3, 6)
+
+
+def test_prompts_of_an_epoch_are_all_different() -> None:
+    train = sort_task().train[:20]
+    drawn = [loop.draw_problems(train, seen, TINY) for seen in range(0, 60, 6)]
+    flat = [problem.prompt for step in drawn for problem in step]
+    for epoch in range(3):
+        assert set(flat[20 * epoch : 20 * epoch + 20]) == {problem.prompt for problem in train}
+    assert flat[:20] != flat[20:40]
+    assert loop.draw_problems(train, 0, replace(TINY, seed=1)) != drawn[0]
+    assert len(loop.draw_problems(train[:4], 3, TINY)) == 6  # more than an epoch
+
+
+def test_shuffled_advantages_are_the_same_ones_elsewhere(tmp_path: Path) -> None:
+    parts = session.start(TINY, tmp_path / "run")
+    problems = loop.draw_problems(parts.task.train, 0, TINY)
+    prompts = [parts.policy.encode(problem) for problem in problems]
+    rollout = parts.engine.generate(prompts, 4, seed=0)
+    rewards = torch.arange(24.0).square()
+    honest = loop._step_batch(parts, rollout, rewards).advantages
+    parts.config = replace(parts.config, shuffle_advantages=True)
+    shuffled = loop._step_batch(parts, rollout, rewards).advantages
+    assert torch.equal(honest.sort().values, shuffled.sort().values)
+    assert not torch.equal(honest, shuffled)
+
+
+def test_it_learns_and_a_learning_rate_of_zero_does_not(tmp_path: Path) -> None:
+    """Emit the prompt's first digit: a warm start on few problems, then rewards alone."""
+    config = replace(TINY, hidden=32, steps=40, prompts_per_step=16, lr=3e-3, eval_every=40)
+    learned = timeless(loop.train(config, tmp_path / "learned"))
+    idle = timeless(loop.train(replace(config, lr=0.0), tmp_path / "idle"))
+    assert idle[0] == learned[0]
+    assert idle[-1]["heldout_accuracy"] == idle[0]["heldout_accuracy"]
+
+
+def text_policy(folder: Path, *, template: bool) -> None:
+    """A tiny random Qwen3 that reads the twenty problems, saved as any model is."""
+    text = "".join(sorted(set(TWENTY.read_text()) | set("\n|QuestionAnswer:")))
+    tokenizer = character_tokenizer("".join(dict.fromkeys(text)))
+    if template:
+        tokenizer.chat_template = (
+            "{% for m in messages %}|{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}|Answer:{% endif %}"
+        )
+    model = tiny_qwen3(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05,
+    )
+    Policy(model, tokenizer).save(folder)
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_real_questions_go_through_a_full_step(tmp_path: Path, template: bool) -> None:
+    text_policy(tmp_path / "model", template=template)
+    config = Config(
+        model=str(tmp_path / "model"),
+        data=str(TWENTY),
+        steps=1,
+        prompts_per_step=3,
+        group_size=4,
+        max_new_tokens=12,
+        loss="dr_grpo",
+        kl_coef=0.01,
+        lr=1e-3,
+        threads=1,
+    )
+    run = loop.train(config, tmp_path / "run")
+    before, after = load_policy(tmp_path / "model"), load_policy(checkpoints(run)[-1])
+    assert any(
+        not torch.equal(one, two)
+        for one, two in zip(before.model.parameters(), after.model.parameters(), strict=True)
+    )
+    assert (after.tokenizer.chat_template is not None) == template
+    records = timeless(run)
+    assert records[1]["tokens"] > 12 and records[1]["sampler_trainer_diff"] < 1e-5
+    assert not (run / "reference").exists()  # the model directory is the reference
+
+
+def test_the_questions_fit_the_reader() -> None:
+    task = questions_task(TWENTY)
+    assert len(task.train) == 18 and task.max_new_tokens == 256
