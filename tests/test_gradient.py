@@ -21,21 +21,6 @@ def coefficients_of(logits, slot, column, dlogp, dentropy):
     return transform, stats, row_coefficients(stats, transform, targets, dlogp, dentropy)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_gradient_takes_the_first_half_of_its_own_row(dtype):
-    """Written over the float32 logits it is made from, past several blocks of the kernel."""
-    logits = torch.randn(3, 5001) * 2
-    slot, column = torch.arange(3), torch.tensor([0, 5000, 2500])
-    dlogp, dentropy = torch.randn(3), torch.randn(3)
-    args = coefficients_of(logits, slot, column, dlogp, dentropy)
-    want = row_gradient(logits, *args, torch.empty_like(logits))
-    workspace = logits.clone()
-    out = workspace.view(dtype)[:, :5001]
-    row_gradient(workspace, *args, out)
-    step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    assert ((out.float() - want).abs() <= want.abs() * step + 1e-7).all()
-
-
 def test_a_confident_row_with_one_target_many_times():
     """Leaves that share a token: 1 - p of 1e-9 must not drown in the sum of their derivatives."""
     logits = torch.zeros(1, 100)
@@ -78,3 +63,18 @@ def test_dead_rows_get_no_gradient():
     )
     found = row_gradient(logits, *args, torch.empty_like(logits))
     assert not found[0].any() and found[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_gradient_takes_the_first_half_of_its_own_row(dtype):
+    """Written over the float32 logits it is made from, past several blocks of the kernel."""
+    logits = torch.randn(3, 5001) * 2
+    slot, column = torch.arange(3), torch.tensor([0, 5000, 2500])
+    dlogp, dentropy = torch.randn(3), torch.randn(3)
+    args = coefficients_of(logits, slot, column, dlogp, dentropy)
+    want = row_gradient(logits, *args, torch.empty_like(logits))
+    workspace = logits.clone()
+    out = workspace.view(dtype)[:, :5001]
+    row_gradient(workspace, *args, out)
+    step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+    assert ((out.float() - want).abs() <= want.abs() * step + 1e-7).all()
