@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,7 +118,10 @@ def _from_logits(device: torch.device, tokens: int = 8192, vocab: int = 151936) 
         return torch.autograd.grad(out.loss, logits)[0]
 
     plain = torch.empty_like(logits, requires_grad=False)
-    steps = {"policy_loss": step, "read and write once": lambda: plain.mul_(1.0)}
+    steps: dict[str, measure.Step] = {
+        "policy_loss": step,
+        "read and write once": partial(plain.mul_, 1.0),
+    }
     for warm in steps.values():
         warm()
     times = measure.interleave(steps, 15, device)

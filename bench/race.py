@@ -6,26 +6,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from rollfuse.rollout.tasks import Problem, Task
+
+Result = TypeVar("Result")
 
 PHASES = ("generation", "loss forward", "backward")  # what is left is "rest"
 
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """One setup for both: same warm start, same problems in the same order, same optimiser."""
+    """One setup for both: same warm start, same problems in the same order, same optimiser.
+
+    GRPO with the mean over sequences, advantages over the group's standard deviation, no KL, one
+    update a step; AdamW without decay at a constant rate.
+    """
 
     task: Task
+    model: Path  # directory of the warm start
+    steps: int = 100
     prompts: int = 32  # a step
     samples: int = 8  # a prompt
-    max_new_tokens: int = 6
     learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float = 1.0
     clip: float = 0.2
     seed: int = 0
@@ -39,6 +46,7 @@ class Clock:
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.total = 0.0
         self._since: float | None = None
+        self._inner = 0.0  # seconds of the phases inside the present one
 
     def start(self) -> None:
         assert self._since is None
@@ -51,9 +59,23 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds inside towards `name`, and no longer towards the phase around it."""
+        around, self._inner = self._inner, 0.0
         start = time.process_time()
         yield
-        self.phases[name] += time.process_time() - start
+        elapsed = time.process_time() - start
+        self.phases[name] += elapsed - self._inner
+        self._inner = around + elapsed
+
+    def timing(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+        """`function` with its calls counted towards the phase `name`."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Result:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return timed
 
     def split(self) -> dict[str, float]:
         """Seconds by phase, `rest` included."""
@@ -66,6 +88,7 @@ class Run:
 
     name: str
     clock: Clock
+    seed: int = 0
     completions: int = 0
     groups: int = 0
     flat_groups: int = 0  # groups whose rewards are all equal
@@ -75,9 +98,6 @@ class Run:
     def start(self, accuracy: Callable[[], float]) -> None:
         self._point(0, accuracy)
         self.clock.start()
-
-    def stop(self) -> None:
-        self.clock.stop()
 
     def count(self, rewards: Sequence[float], samples: int) -> None:
         """Note the rewards of one step, a group's samples side by side."""
@@ -89,17 +109,22 @@ class Run:
             self.flat_groups += min(group) == max(group)
 
     def finish_step(self, step: int, race: Race, accuracy: Callable[[], float]) -> None:
-        if step % race.measure_every == 0:
+        """Measure where it is due, off the clock; the last step stops it for good."""
+        last = step == race.steps
+        if last or step % race.measure_every == 0:
             self.clock.stop()
             self._point(step, accuracy)
-            self.clock.start()
+            if not last:
+                self.clock.start()
 
     def _point(self, step: int, accuracy: Callable[[], float]) -> None:
-        self.points.append({"step": step, "cpu_seconds": self.clock.total, "accuracy": accuracy()})
+        found = accuracy()
+        self.points.append({"step": step, "cpu_seconds": self.clock.total, "accuracy": found})
 
     def as_dict(self) -> dict[str, object]:
         return {
             "name": self.name,
+            "seed": self.seed,
             "completions": self.completions,
             "cpu_seconds": self.clock.total,
             "completions_per_cpu_second": self.completions / self.clock.total,
@@ -111,9 +136,7 @@ class Run:
 
 
 @torch.no_grad()
-def exact_match(
-    model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem], max_new_tokens: int
-) -> float:
+def exact_match(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem]) -> float:
     """Share of problems that greedy decoding answers exactly and ends by itself.
 
     The model's mode (train or eval) and config are left as they were.
@@ -128,7 +151,7 @@ def exact_match(
     out = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=task.max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
         eos_token_id=end,

@@ -6,7 +6,9 @@ micro-batch, its own fused head, SDPA attention, one generation a step.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +34,7 @@ def train(
     datasets = importlib.import_module("datasets")
     transformers = importlib.import_module("transformers")
     clock = Clock()
-    run = Run("trl", clock)
+    run = Run("trl", clock, race.seed)
     problems = [problem for batch in batches for problem in batch]
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
 
@@ -46,34 +48,32 @@ def train(
         trainer = _timed(trl.GRPOTrainer, clock)(
             model=model,
             reward_funcs=_reward(tokenizer, race, run),
-            args=_config(trl, race, len(batches), folder),
+            args=_config(trl, race, folder),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[Points()],
         )
         trainer.time_backward()
         run.start(lambda: accuracy(model))
-        trainer.train()
-        run.stop()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its metrics at the end
+            trainer.train()
     return run
 
 
-def _config(trl: Any, race: Race, n_steps: int, folder: str) -> Any:
+def _config(trl: Any, race: Race, folder: str) -> Any:
     return trl.GRPOConfig(
         output_dir=folder,
-        max_steps=n_steps,
+        max_steps=race.steps,
         per_device_train_batch_size=race.prompts * race.samples,
         gradient_accumulation_steps=1,
         num_generations=race.samples,
-        max_completion_length=race.max_new_tokens,
+        max_completion_length=race.task.max_new_tokens,
         shuffle_dataset=False,
         learning_rate=race.learning_rate,
         lr_scheduler_type="constant",
-        weight_decay=race.weight_decay,
-        adam_beta1=race.betas[0],
-        adam_beta2=race.betas[1],
+        weight_decay=0.0,
         max_grad_norm=race.max_grad_norm,
-        loss_type="dapo",  # token mean over the step
+        loss_type="grpo",  # mean over sequences of the mean over tokens
         scale_rewards="group",
         epsilon=race.clip,
         beta=0.0,
@@ -127,12 +127,6 @@ def _timed(trainer_class: Any, clock: Clock) -> Any:
                 return super()._compute_loss(*args, **kwargs)
 
         def time_backward(self) -> None:
-            backward = self.accelerator.backward
-
-            def timed(*args: Any, **kwargs: Any) -> None:
-                with clock.phase("backward"):
-                    backward(*args, **kwargs)
-
-            self.accelerator.backward = timed
+            self.accelerator.backward = clock.timing("backward", self.accelerator.backward)
 
     return Timed

@@ -29,7 +29,7 @@ _HELP = {
     "decode_sequences": "responses sampled together (default: the whole step's)",
     "minibatches": "optimiser updates per step",
     "micro_sequences": "responses in one forward and backward",
-    "lr": "learning rate (default: 3e-4 for the small model, 1e-6 with --model)",
+    "lr": "learning rate (default: 2e-4 for the small model, 1e-6 with --model)",
     "lr_warmup": "updates over which the learning rate rises",
     "grad_clip": "largest norm of the gradient",
     "shuffle_advantages": "control: advantages in random order teach nothing",

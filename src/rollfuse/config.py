@@ -35,12 +35,12 @@ class Config:
     intermediate: int = 256
     heads: int = 4
     kv_heads: int = 2
-    warm_steps: int = 100  # supervised steps before GRPO; 0 with --model
-    warm_problems: int = 80
+    warm_steps: int = 70  # supervised steps before GRPO; 0 with --model
+    warm_problems: int = 90
     warm_batch_size: int = 64  # problems
     warm_lr: float = 1e-3
 
-    steps: int = 800  # GRPO steps
+    steps: int = 1000  # GRPO steps
     prompts_per_step: int = 64
     group_size: int = 8  # responses per prompt
     max_new_tokens: int | None = None  # None: the task's own limit
@@ -56,7 +56,7 @@ class Config:
     minibatches: int = 1  # optimiser updates per step
     decode_sequences: int | None = None  # responses sampled together; None: the whole step's
     micro_sequences: int = 256  # responses in one forward and backward
-    lr: float | None = None  # None: 3e-4 for the small model, 1e-6 for --model
+    lr: float | None = None  # None: 2e-4 for the small model, 1e-6 for --model
     lr_warmup: int = 10  # updates
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -78,7 +78,7 @@ class Config:
     def learning_rate(self) -> float:
         if self.lr is not None:
             return self.lr
-        return 3e-4 if self.model is None else 1e-6
+        return 2e-4 if self.model is None else 1e-6
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

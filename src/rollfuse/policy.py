@@ -48,8 +48,8 @@ class SmallModel:
 class WarmStart:
     """Supervised training on a few solved problems; the units are problems, steps, problems."""
 
-    problems: int = 80
-    steps: int = 100
+    problems: int = 90
+    steps: int = 70
     batch_size: int = 64
     lr: float = 1e-3
 
