@@ -28,7 +28,7 @@ from rollfuse.policy import SmallModel, WarmStart, load_policy, small_policy, wa
 from rollfuse.rollout.tasks import Task, arithmetic_task
 
 # About a third of the held-out problems right: there are groups to learn from and much to learn.
-WARM_START = WarmStart(problems=8000, steps=600, batch_size=64, lr=1e-3)
+WARM_START = WarmStart(problems=8000, steps=450, batch_size=64, lr=1e-3)
 
 
 def make_warm_start(task: Task, folder: Path, plan: WarmStart, *, seed: int) -> None:
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of both for each (0 1 2)")
     add("--lr", type=float, default=3e-4, help="learning rate (3e-4)")
     add("--measure-every", type=int, default=10, help="steps between accuracies (10)")
-    add("--warm-steps", type=int, default=WARM_START.steps, help="supervised steps (600)")
+    add("--warm-steps", type=int, default=WARM_START.steps, help="supervised steps (450)")
     add("--ours-only", action="store_true", help="leave TRL out")
     add("--json", type=Path, help="write the runs here")
     add("--plot", type=Path, help="draw accuracy over CPU seconds here (PNG)")

@@ -23,7 +23,7 @@ _PAIR_FLOATS = ("weights", "advantages", "logp_old", "logp_behaviour", "logp_ref
 _PAIR_FIELDS = (*_PAIR_FLOATS, "targets", "known", "rows", "temperature", "version")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
     """P pairs in sequence order and everything an objective may ask about them.
 
@@ -62,7 +62,8 @@ class TokenBatch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     padded_shape: tuple[int, int] | None = None
     # The same batch on the CPU where it was built there: spares the ops their one host sync.
-    host: TokenBatch | None = field(default=None, repr=False, compare=False)
+    # Only `to` sets it, so that a changed copy cannot carry a stale one.
+    host: TokenBatch | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_structure(self)

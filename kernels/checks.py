@@ -35,6 +35,14 @@ def need_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) 
     need(tuple(tensor.shape) == shape, name, f"shape {shape} ({meaning})", tuple(tensor.shape))
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is asked to be differentiable itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "backward: need create_graph=False (these ops have no second derivative), got True"
+        )
+
+
 def need_same_device(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
     need(
         tensor.device == other.device,

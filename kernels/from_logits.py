@@ -48,18 +48,24 @@ def logp_entropy(
     Raises:
         TypeError, ValueError: wrong shapes, dtypes, devices or values.
     """
-    checks.need_float(logits, "logits")
-    checks.need(logits.dim() >= 2, "logits", "shape (R, V) or (B, L, V)", tuple(logits.shape))
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = flatten_logits(logits)
     checks.need_int(targets, "targets")
     checks.need(targets.dim() == 1, "targets", "shape (P,)", tuple(targets.shape))
     checks.need_same_device(targets, flat, "targets", "logits")
     need_targets_below(targets, flat.shape[1])
     check_pair_vectors(rows, temperature, targets.shape[0], flat)
-    request = Request(targets.shape[0], flat.shape[0], rows, temperature)
+    request = Request(targets.shape[0], flat.shape[0], rows, temperature, name="logits")
     layout = build_layout(request, flat.device)
     found = logp_entropy_over_layout(flat, layout, targets, temperature, overwrite=False)
     return LogpEntropy(*(layout.spread(values, targets.shape[0], 0.0) for values in found))
+
+
+def flatten_logits(logits: Tensor) -> Tensor:
+    """`logits` as (R, V), checked."""
+    checks.need_float(logits, "logits")
+    good = logits.dim() >= 2 and logits.shape[-1] > 0
+    checks.need(good, "logits", "shape (R, V) or (B, L, V), V >= 1", tuple(logits.shape))
+    return logits.flatten(0, -2)
 
 
 def logp_entropy_over_layout(
@@ -109,29 +115,37 @@ class _Call:
 class _LogpEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        stats = row_statistics(logits, call.transform, call.rows)
         row = call.slot if call.rows is None else call.rows[call.slot]
-        pre, shifted = target_shift(logits, stats, call.transform, (row, call.slot, call.column))
-        logp = target_logp(stats, shifted, call.slot, call.column)
+        pairs = (row, call.slot, call.column)
+        with torch.autocast(logits.device.type, enabled=False):
+            stats = row_statistics(logits, call.transform, call.rows)
+            pre, shifted = target_shift(logits, stats, call.transform, pairs)
+            logp = target_logp(stats, shifted, call.slot, call.column)
         ctx.call = call
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, pre, logp, *stats)
         return logp, row_entropy(stats)[call.slot]
 
     @staticmethod
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor, None]:
+        checks.refuse_second_derivative()
         logits, pre, logp, *saved = ctx.saved_tensors
         call: _Call = ctx.call
+        if dlogp is None:
+            dlogp = torch.zeros_like(logp)
         stats = RowStatistics(*saved)
         targets = Targets(call.slot, call.column, pre, logp, call.one_per_slot)
         coefficients = row_coefficients(stats, call.transform, targets, dlogp, dentropy)
         n_slots, n_rows = stats.top.shape[0], logits.shape[0]
         every_row = call.rows is None and n_slots == n_rows
-        if call.overwrite:
+        # The kernels write rows of neighbouring columns.
+        if call.overwrite and logits.stride(1) == 1:
             out = logits.detach()
             if not every_row:
                 out[_rows_without_slot(call.rows, n_slots, logits)] = 0
         else:
-            out = torch.empty_like(logits) if every_row else torch.zeros_like(logits)
+            new = torch.empty_like if every_row else torch.zeros_like
+            out = new(logits, memory_format=torch.contiguous_format)
         return row_gradient(logits, call.transform, stats, coefficients, out, call.rows), None
 
 

@@ -103,11 +103,11 @@ def fill_gradient_torch(  # noqa: PLR0913
 ) -> None:
     """The columns nobody targets; the target columns get a value that is replaced afterwards."""
     n_slots = stats.top.shape[0]
-    scratch = Scratch(logits, n_slots)
+    scratch = Scratch(logits, transform)
     for start, stop in scratch.blocks(n_slots):
         part = transform.rows(start, stop)
         where = slice(start, stop) if rows is None else rows[start:stop]
-        pre = prepare(logits[where], part)
+        pre = prepare(logits[where], part, scratch)
         shifted = shift_block(pre, stats.top[start:stop], part, scratch.first)
         exps = torch.exp(shifted, out=scratch.second[: stop - start])
         slope = coefficients.alpha[start:stop].unsqueeze(1)
@@ -116,7 +116,8 @@ def fill_gradient_torch(  # noqa: PLR0913
             slope = shifted.add_(slope)
         gradient = exps.mul_(slope)
         if transform.pre_scale is not None:
-            gradient.mul_((1.0 - pre * pre) * transform.pre_scale)
+            # d tanh(x) = 1 - tanh(x)^2; `pre` is the scratch's and no longer needed.
+            gradient.mul_(pre.square_().neg_().add_(1.0).mul_(transform.pre_scale))
         out[where] = gradient.to(out.dtype)
 
 

@@ -34,7 +34,8 @@ class Head:
     def __post_init__(self) -> None:
         checks.need_float(self.weight, "weight")
         checks.need(self.weight.dim() == 2, "weight", "shape (V, D)", tuple(self.weight.shape))
-        checks.need(self.weight.shape[0] > 0, "weight", "a vocabulary of at least 1", 0)
+        good = min(self.weight.shape) > 0
+        checks.need(good, "weight", "V >= 1 and D >= 1", tuple(self.weight.shape))
         if self.bias is not None:
             checks.need_float(self.bias, "bias")
             checks.need_shape(self.bias, (self.weight.shape[0],), "bias", "one a token id")
@@ -55,7 +56,7 @@ class Head:
 
     def transform(self, temperature: Tensor, dtype: torch.dtype) -> Transform:
         """The map from a raw product h W' to z for slots at `temperature` (S,)."""
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
         if self.softcap is None:
             return Transform(self.scale / temperature.to(dtype), bias)
         return Transform(self.softcap / temperature.to(dtype), bias, self.scale / self.softcap)
@@ -73,7 +74,7 @@ def flatten_hidden(hidden: Tensor, head: Head) -> Tensor:
         good, "hidden", f"shape (R, {head.width}) or (B, L, {head.width})", tuple(hidden.shape)
     )
     checks.need_same_device(head.weight, hidden, "weight", "hidden")
-    return hidden.reshape(-1, head.width)
+    return hidden.flatten(0, -2)
 
 
 def operand_dtype(hidden: Tensor, head: Head) -> torch.dtype:

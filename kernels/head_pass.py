@@ -102,7 +102,7 @@ class HeadPass:
         scale = None
         if dtype == torch.float16:
             largest = torch.maximum(coefficients.alpha.abs().max(), coefficients.value.abs().max())
-            scale = torch.exp2(10.0 - torch.log2(largest.clamp_min(1e-30)).ceil())
+            scale = torch.exp2(10.0 - torch.log2(largest.clamp_min(2.0**-40)).ceil())
             coefficients = coefficients._replace(
                 alpha=coefficients.alpha * scale,
                 beta=None if coefficients.beta is None else coefficients.beta * scale,
@@ -188,8 +188,11 @@ def hand_over(buffer: Tensor | None, upstream: Tensor | None, dtype: torch.dtype
     """A collected gradient times the upstream factor (None: 1), in its parameter's dtype."""
     if buffer is None:
         return None
-    if upstream is None or (upstream.device.type == "cpu" and upstream.item() == 1.0):
+    if upstream is None:
         return buffer.to(dtype)
+    if upstream.device.type == "cpu" and upstream.item() == 1.0:
+        # A kept graph may be walked again, and what was handed out belongs to the caller.
+        return buffer.to(dtype, copy=_graph_is_kept())
     if buffer.dtype == dtype and not _graph_is_kept():
         return buffer.mul_(upstream)
     out = torch.empty_like(buffer, dtype=dtype)

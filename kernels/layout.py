@@ -82,6 +82,7 @@ class Request:
     temperature: Tensor | float = 1.0
     selected: Tensor | None = None
     slot_per_pair: bool = False  # every pair gets a slot of its own
+    name: str = "hidden"  # of what has the rows, for messages
 
 
 def build_layout(request: Request, device: torch.device) -> Layout:
@@ -93,7 +94,7 @@ def build_layout(request: Request, device: torch.device) -> Layout:
     if request.rows is None:
         checks.need(
             request.n_pairs == request.n_rows,
-            "hidden",
+            request.name,
             f"{request.n_pairs} rows, one a pair (or rows=, the row of each pair)",
             request.n_rows,
         )
@@ -146,7 +147,8 @@ def _on_host(
         packed = torch.stack([t.detach().double() for t in present]).cpu()
         found = iter(packed.numpy())
     else:
-        found = iter([t.detach().numpy() for t in present])
+        widened = (t.double() if t.is_floating_point() else t for t in present)
+        found = iter([t.detach().numpy() for t in widened])
     selected = None if request.selected is None else next(found).astype(bool)
     rows = None if request.rows is None else next(found).astype(np.int64)
     return selected, rows, next(found, None)
@@ -168,7 +170,7 @@ def _group(
         leads |= np.diff(temperature[order], prepend=np.inf) != 0
     if slot_per_pair:
         leads[:] = True
-    slot = leads.cumsum() - 1
+    slot = leads.astype(np.int64).cumsum() - 1
     unique = bool((leads == new_row).all())
     starts = None if leads.all() else np.append(np.flatnonzero(leads), n)
     return order, slot, rows[leads], starts, unique

@@ -8,7 +8,7 @@ unit gradients d logp / d hidden made on the way are scaled (plan `unit`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -104,19 +104,24 @@ class _LinearLogpEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             logp, entropy, stats, unit = _forward(call)
-        ctx.call, ctx.n_stats = call, len(stats)
-        # The inputs go through the graph's own store, which notices in-place changes.
+        # The inputs go through the graph's own store, which notices in-place changes and lets
+        # go of them after the backward.
         ctx.save_for_backward(hidden, weight, bias, unit, *stats)
+        ctx.call = replace(call, inputs=replace(call.inputs, hidden=hidden.new_empty(0)))
+        ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> Any:
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> Any:
+        checks.refuse_second_derivative()
         hidden, _, bias, unit, *stats = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: _Call = replace(ctx.call, inputs=replace(ctx.call.inputs, hidden=hidden.detach()))
+        if dlogp is None:
+            dlogp = torch.zeros_like(stats[0]) if dentropy is None else torch.zeros_like(dentropy)
         weight_dtype = call.inputs.head.weight.dtype
         bias_dtype = weight_dtype if bias is None else bias.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            if unit is not None and not bool((dentropy != 0).any()):
+            if unit is not None and dentropy is None:
                 return _scale_unit(call, unit, dlogp), None, None, None
             dx, dw, db = _recompute(call, RowStatistics(*stats), dlogp, dentropy)
         return (
@@ -153,7 +158,7 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, RowStatistics, Tensor | None]
 
 
 def _recompute(
-    call: _Call, stats: RowStatistics, dlogp: Tensor, dentropy: Tensor
+    call: _Call, stats: RowStatistics, dlogp: Tensor, dentropy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dW, dbias) by projecting every chunk again."""
     inputs = call.inputs
@@ -164,7 +169,8 @@ def _recompute(
         logits = run.project(chunk, x)
         scored = run.score(chunk, logits, stats.rows(chunk.start, chunk.stop))
         pairs = slice(chunk.first, chunk.last)
-        dz, scale = run.gradient(logits, scored, dlogp[pairs], dentropy[pairs])
+        of_entropy = None if dentropy is None else dentropy[pairs]
+        dz, scale = run.gradient(logits, scored, dlogp[pairs], of_entropy)
         sink.add(chunk, dz, x, scale)
     return sink.collected()
 
@@ -226,6 +232,7 @@ def describe(
         needs_hidden=needs[0],
         needs_weight=needs[1] or needs[2],
         token_local=token_local,
+        transforms=head.bias is not None or head.softcap is not None,
     )
 
 

@@ -40,9 +40,10 @@ def token_local(
     """Declare an objective token-local: its gradients can be made in a single pass.
 
     Args:
-        active: batch -> (P,) bool, False where the objective cannot have a gradient whatever logp
-            and entropy are (a zero advantage without KL or entropy bonus). None: all pairs can.
-        uses_entropy: False promises that no gradient flows to the entropy, which saves its pass.
+        active: batch -> (P,) bool, False where the objective is 0 without gradient whatever logp
+            and entropy are (a zero advantage without KL or entropy bonus). None: nowhere.
+        uses_entropy: False states that no gradient flows to the entropy. A claim for readers and
+            for `check_objective`: the ops see for themselves whether one does.
 
     `check_objective` tests all three claims.
     """
@@ -66,7 +67,10 @@ def active_pairs(objective: Objective, batch: TokenBatch) -> Tensor:
     active = batch.weights != 0
     if isinstance(objective, TokenLocal) and objective.active is not None:
         claimed = objective.active(batch)
+        checks.need_tensor(claimed, "active(batch)")
         checks.need_shape(claimed, (len(batch),), "active(batch)", "one bool a pair")
+        if claimed.dtype != torch.bool:
+            raise TypeError(f"active(batch): need bool, got {claimed.dtype}")
         active = active & claimed
     return active
 
@@ -147,8 +151,11 @@ def check_objective(objective: Objective, batch: TokenBatch, *, seed: int = 0) -
         raise ValueError("objective: declared uses_entropy=False, but has a gradient to entropy")
     if objective.active is not None:
         idle = ~active_pairs(objective, batch)
-        if bool(((full[1] != 0) | (full[2] != 0))[idle & (batch.weights != 0)].any()):
+        idle &= batch.weights != 0
+        if bool(((full[1] != 0) | (full[2] != 0))[idle].any()):
             raise ValueError("objective: a pair declared inactive has a gradient")
+        if bool((full[0] != 0)[idle].any()):
+            raise ValueError("objective: a pair declared inactive has a value other than 0")
     other_logp, other_entropy = draw()
     for start in range(min(n, 3)):
         keep = torch.arange(start, n, 3, device=batch.device)

@@ -10,10 +10,11 @@ of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and ret
 
     chunk_rows * (V + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
-with w = 4 bytes (8 in float64). blocks: two buffers of 1 MiB or one row each, in the PyTorch path;
-slab: at most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand
-type; accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`.
-Narrow weight gradients are made when the chunk is gone, so V D w is the least.
+with w = 4 bytes (8 in float64). blocks: two buffers of 1 MiB or one row each (three under a bias or
+softcap), in the PyTorch path; slab: at most 32 MiB of a weight that must be widened, or the whole
+weight rounded to a half operand type; accumulators: w minus the size of the weight's dtype, times
+V D; held: T D w in plan `unit`. Narrow weight gradients are made when the chunk is gone, so V D w
+is the least.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Problem:
     needs_hidden: bool
     needs_weight: bool
     token_local: bool
+    transforms: bool  # the head has a bias or a softcap
 
     @property
     def item(self) -> int:
@@ -177,7 +179,7 @@ def _fixed_bytes(problem: Problem, kind: Kind) -> int:
         total = 0 if same else weights * problem.operand.itemsize
     else:
         # Blocks serve the passes over logits, slabs the products: never both at once.
-        blocks = Scratch.n_bytes(problem.vocabulary, item)
+        blocks = Scratch.n_bytes(problem.vocabulary, item, has_third=problem.transforms)
         slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
         total = max(blocks, slab)
     if problem.needs_weight:

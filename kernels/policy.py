@@ -10,21 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.batch import TokenBatch
-from rollfuse.kernels.from_logits import logp_entropy_over_layout
+from rollfuse.kernels.from_logits import flatten_logits, logp_entropy_over_layout
 from rollfuse.kernels.head import Head, as_head, flatten_hidden
 from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.linear import (
     LogpEntropy,
     describe,
-    linear_logp_entropy,
     linear_over_layout,
     make_inputs,
     need_targets_below,
@@ -97,7 +96,8 @@ def linear_policy_loss(
     """
     head = as_head(head)
     hidden = flatten_hidden(hidden, head)
-    layout, report = _plan(hidden, head, batch, objective, plan)
+    planned = _plan(hidden, head, batch, objective, plan)
+    layout, report = planned.layout, planned.report
     inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     if report.kind == "fused":
         call = _Call(inputs, report, needed_gradients(hidden, head), batch, objective)
@@ -108,9 +108,9 @@ def linear_policy_loss(
     else:
         found = linear_over_layout(hidden, head, inputs, report)
         result = _loss_of_selected(found, batch, objective, layout, report, head.vocabulary)
-    if plan.dropped == "score" and layout.n_pairs < len(batch):
-        result = _score_dropped(result, hidden, head, batch, plan)
-    return _checked(result)
+    if planned.dropped is not None:
+        result = _score_dropped(result, hidden, head, batch, *planned.dropped)
+    return _checked(replace(result, diagnostics=planned.summary))
 
 
 def explain(
@@ -122,7 +122,7 @@ def explain(
 ) -> PlanReport:
     """What `linear_policy_loss` would do with these arguments, without running it."""
     head = as_head(head)
-    return _plan(flatten_hidden(hidden, head), head, batch, objective, plan)[1]
+    return _plan(flatten_hidden(hidden, head), head, batch, objective, plan).summary
 
 
 def policy_loss(
@@ -143,10 +143,12 @@ def policy_loss(
     Returns:
         PolicyLoss, differentiable in logits.
     """
-    checks.need_float(logits, "logits")
-    checks.need(logits.dim() >= 2, "logits", "shape (R, V) or (B, L, V)", tuple(logits.shape))
-    flat = logits.reshape(-1, logits.shape[-1])
-    layout = _layout(flat, batch, objective, flat.shape[1], slot_per_pair=False)
+    flat = flatten_logits(logits)
+    if overwrite_logits and logits.requires_grad:
+        base = logits if logits._base is None else logits._base
+        good = not base.is_leaf
+        checks.need(good, "overwrite_logits", "logits computed from parameters", "a leaf")
+    layout = _layout(flat, batch, objective, flat.shape[1], "logits")
     found = logp_entropy_over_layout(
         flat, layout, batch.targets, batch.temperature, overwrite=overwrite_logits
     )
@@ -164,36 +166,70 @@ def policy_loss(
     return _checked(_loss_of_selected(found, batch, objective, layout, report, flat.shape[1]))
 
 
+class _Planned(NamedTuple):
+    """Layout and plan of the active pairs, and of the others where they are to be scored."""
+
+    layout: Layout
+    report: PlanReport
+    dropped: tuple[Layout, PlanReport] | None
+
+    @property
+    def summary(self) -> PlanReport:
+        """What both passes do."""
+        if self.dropped is None:
+            return self.report
+        scoring = self.dropped[1]
+        return replace(
+            self.report,
+            peak_bytes=max(self.report.peak_bytes, scoring.peak_bytes),
+            flops=self.report.flops + scoring.flops,
+        )
+
+
 def _plan(
     hidden: Tensor, head: Head, batch: TokenBatch, objective: Objective, plan: Plan
-) -> tuple[Layout, PlanReport]:
+) -> _Planned:
     local = isinstance(objective, TokenLocal)
-    width = head.vocabulary
-    layout = _layout(hidden, batch, objective, width, slot_per_pair=plan.kind == "unit")
-    problem = describe(hidden, head, layout, len(batch), token_local=local)
-    report = choose(problem, plan)
+    vocabulary, own_slots = head.vocabulary, plan.kind == "unit"
+    layout = _layout(hidden, batch, objective, vocabulary, "hidden", slot_per_pair=own_slots)
+    report = choose(describe(hidden, head, layout, len(batch), token_local=local), plan)
     if report.kind == "unit" and not layout.one_per_slot:
         # A unit gradient belongs to one pair: give each its own slot.
-        layout = _layout(hidden, batch, objective, width, slot_per_pair=True)
+        layout = _layout(hidden, batch, objective, vocabulary, "hidden", slot_per_pair=True)
         report = choose(describe(hidden, head, layout, len(batch), token_local=local), plan)
-    return layout, report
+    if plan.dropped == "skip" or layout.n_pairs == len(batch):
+        return _Planned(layout, report, None)
+    others = _layout(hidden, batch, objective, vocabulary, "hidden", inactive=True)
+    with torch.no_grad():
+        scoring = choose(
+            describe(hidden, head, others, len(batch)), Plan("recompute", plan.budget_bytes)
+        )
+    return _Planned(layout, report, (others, scoring))
 
 
-def _layout(
+def _layout(  # noqa: PLR0913
     rows_of: Tensor,
     batch: TokenBatch,
     objective: Objective,
     vocabulary: int,
+    name: str,
     *,
-    slot_per_pair: bool,
+    slot_per_pair: bool = False,
+    inactive: bool = False,
 ) -> Layout:
-    """The layout of the active pairs over the rows of hidden states or logits."""
-    checks.need_same_device(batch.targets, rows_of, "batch", "hidden")
+    """The layout of the active (or inactive) pairs over the rows of hidden states or logits."""
+    checks.need_same_device(batch.targets, rows_of, "batch", name)
     source = batch.host or batch
     need_targets_below(source.targets, vocabulary)
     active = active_pairs(objective, source)
     request = Request(
-        len(batch), rows_of.shape[0], source.rows, source.temperature, active, slot_per_pair
+        len(batch),
+        rows_of.shape[0],
+        source.rows,
+        source.temperature,
+        ~active if inactive else active,
+        slot_per_pair,
+        name,
     )
     return build_layout(request, rows_of.device)
 
@@ -232,26 +268,23 @@ def _result(  # noqa: PLR0913
     return PolicyLoss(loss, logp, entropy, computed, report, bad)
 
 
-def _score_dropped(
-    result: PolicyLoss, hidden: Tensor, head: Head, batch: TokenBatch, plan: Plan
+def _score_dropped(  # noqa: PLR0913
+    result: PolicyLoss,
+    hidden: Tensor,
+    head: Head,
+    batch: TokenBatch,
+    layout: Layout,
+    report: PlanReport,
 ) -> PolicyLoss:
     """`result` with logp and entropy of the pairs that were not computed."""
-    index = (~result.computed).nonzero().squeeze(1)
+    inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     with torch.no_grad():
-        scored = linear_logp_entropy(
-            hidden,
-            head,
-            batch.targets[index],
-            rows=index if batch.rows is None else batch.rows[index],
-            temperature=batch.temperature
-            if not isinstance(batch.temperature, Tensor)
-            else batch.temperature[index],
-            plan=Plan("recompute", plan.budget_bytes),
-        )
+        found = linear_over_layout(hidden, head, inputs, report)
+    assert layout.pairs is not None
     return replace(
         result,
-        logp=result.logp.index_copy(0, index, scored.logp),
-        entropy=result.entropy.index_copy(0, index, scored.entropy),
+        logp=result.logp.index_copy(0, layout.pairs, found.logp),
+        entropy=result.entropy.index_copy(0, layout.pairs, found.entropy),
         computed=torch.ones_like(result.computed),
     )
 
@@ -285,6 +318,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        checks.refuse_second_derivative()
         buffers = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(hand_over(buffer, upstream, dtype) for buffer, dtype in buffers), None)
 
@@ -305,6 +339,7 @@ def _fused_forward(
         scored = run.score(chunk, logits)
         pairs = slice(chunk.first, chunk.last)
         logp[pairs], entropy[pairs] = scored.targets.logp, scored.entropy
+        # Without a selection pairs and slots are both in the batch's order.
         index = layout.slot if layout.pairs is None else layout.pairs
         part = call.batch.select(index[pairs])
         value = evaluate(call.objective, scored.targets.logp, scored.entropy, part)

@@ -106,7 +106,7 @@ def sample_tokens(
     entropy as in `rollfuse.kernels.statistics`.
     """
     _check(logits, streams, positions, sampling)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         inverse = _inverse_temperature(sampling.temperature, logits)
         # float64 serves checks; the kernels work in float32.
         if use_triton(logits) and logits.dtype != torch.float64:

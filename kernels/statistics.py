@@ -36,10 +36,10 @@ def row_statistics_torch(
         logits.new_empty(n_slots, dtype=dtype),
         logits.new_empty(n_slots, dtype=dtype),
     )
-    scratch = Scratch(logits, n_slots)
+    scratch = Scratch(logits, transform)
     for start, stop in scratch.blocks(n_slots):
         part = transform.rows(start, stop)
-        pre = prepare(_take(logits, rows, start, stop), part)
+        pre = prepare(_take(logits, rows, start, stop), part, scratch)
         top = pre.amax(1)
         index = first_argmax(pre)
         shifted = shift_block(pre, top, part, scratch.first)
@@ -65,32 +65,38 @@ def first_argmax(scores: Tensor) -> Tensor:
 
 
 class Scratch:
-    """Two block-sized buffers, reused for every block of rows."""
+    """Block-sized buffers, reused for every block of rows; the third under bias or softcap."""
 
-    def __init__(self, logits: Tensor, n_slots: int) -> None:
+    def __init__(self, logits: Tensor, transform: Transform) -> None:
+        n_slots = transform.factor.shape[0]
         width = logits.shape[1]
         self.block_rows = max(1, min(n_slots, _BLOCK_ELEMENTS // max(width, 1)))
         dtype = compute_dtype(logits.dtype)
         self.first = logits.new_empty((self.block_rows, width), dtype=dtype)
         self.second = torch.empty_like(self.first)
+        has_third = transform.bias is not None or transform.pre_scale is not None
+        self.third = torch.empty_like(self.first) if has_third else None
 
     def blocks(self, n_slots: int) -> Iterator[tuple[int, int]]:
         for start in range(0, n_slots, self.block_rows):
             yield start, min(start + self.block_rows, n_slots)
 
     @staticmethod
-    def n_bytes(width: int, itemsize: int) -> int:
-        """Bytes of both buffers for rows of `width` columns."""
-        return 2 * max(width, _BLOCK_ELEMENTS // max(width, 1) * width) * itemsize
+    def n_bytes(width: int, itemsize: int, *, has_third: bool) -> int:
+        """Bytes of the buffers for rows of `width` columns."""
+        return (2 + has_third) * max(width, _BLOCK_ELEMENTS // max(width, 1) * width) * itemsize
 
 
-def prepare(logits: Tensor, transform: Transform) -> Tensor:
+def prepare(logits: Tensor, transform: Transform, scratch: Scratch) -> Tensor:
     """pre(g) of a block of rows; `logits` itself where there is nothing to do."""
     pre = logits.to(compute_dtype(logits.dtype))
+    if scratch.third is None:
+        return pre
+    out = scratch.third[: pre.shape[0]]
     if transform.bias is not None:
-        pre = pre + transform.bias
+        pre = torch.add(pre, transform.bias, out=out)
     if transform.pre_scale is not None:
-        pre = torch.tanh(pre * transform.pre_scale)
+        pre = torch.mul(pre, transform.pre_scale, out=out).tanh_()
     return pre
 
 

@@ -29,8 +29,8 @@ _SAFE_COMMANDS = frozenset(
     ("frac dfrac tfrac sqrt cdot times div left right text mathrm textbf mathbf pi boxed "
      "$ % , ! ; : { } ( ) [ ]").split()
 )  # fmt: skip
-# A power of a plain number or letter with a small exponent, not itself raised.
-_POWER = re.compile(r"(?:\d|[A-Za-z])(?:\^|\*\*)(?:\{\d{1,3}\}|\d{1,3}(?!\d))(?!\s*[\^*]|\s*\})")
+# A power of a digit or letter with a small number as exponent; of a power, it does not match.
+_POWER = re.compile(r"(?:\d|[A-Za-z])(?:\^|\*\*)(?:\{\d{1,3}\}|\d{1,3}(?!\d))")
 _lock = threading.Lock()
 
 

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -175,18 +179,37 @@ def test_floor_steps_compute_the_three_products() -> None:
     assert set(found) == {"64 rows", "4096 columns"}
 
 
-def _allocate(mebibytes: int) -> tuple[torch.Tensor, ...]:
-    scratch = torch.ones(mebibytes << 18)
+_KNOWN_PEAK = """
+import dataclasses, json, torch
+from rollfuse.bench import measure
+
+def allocate():
+    scratch = torch.ones(48 << 18)
     result = torch.ones(4 << 18)
     del scratch
     return (result,)
 
+print(json.dumps(dataclasses.asdict(measure.peak_memory(allocate, torch.device("cpu")))))
+"""
+
 
 def test_peak_memory_of_known_tensors() -> None:
-    peak = measure.peak_memory(partial(_allocate, 48), CPU)
-    assert peak.allocated == 48 << 20
-    if peak.resident is not None:  # Linux; glibc's heap may hold some of it back
-        assert peak.resident == pytest.approx(48 << 20, rel=0.05)
+    """48 MiB of scratch beside the returned tensor, which is not counted."""
+    environment = measure.exact_memory_environment()
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", _KNOWN_PEAK], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout.splitlines()[-1])
+    assert peak["allocated"] == 48 << 20
+    if peak["resident"] is not None:  # Linux alone tells
+        assert peak["resident"] == pytest.approx(48 << 20, rel=0.03)
+
+
+def test_fastest_picks_the_fastest() -> None:
+    steps = {str(ms): partial(time.sleep, ms / 1000) for ms in (60, 20, 200)}
+    assert measure.fastest(steps, CPU) == "20"
 
 
 def test_interleave_pairs_each_repeat() -> None:

@@ -45,6 +45,12 @@ def test_strided_and_batched_logits():
     found = logp_entropy(logits, targets)
     want = logits.reshape(6, 40).log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(found.logp, want)
+    columns = torch.randn(40, 6).t().requires_grad_()
+    exact = columns.detach().double().requires_grad_()
+    (ours,) = torch.autograd.grad(logp_entropy(columns, targets).logp.sum(), columns)
+    picked = exact.log_softmax(1)[torch.arange(6), targets]
+    (true,) = torch.autograd.grad(picked.sum(), exact)
+    assert_no_worse("strided gradient", ours, ours, true, slack=0.0, floor=1e-6)
     wide = torch.randn(6, 80)[:, :40]  # rows further apart than they are long
     torch.testing.assert_close(
         logp_entropy(wide, targets).logp, wide.log_softmax(1)[torch.arange(6), targets]
@@ -62,3 +68,12 @@ def test_bad_arguments():
     ]:
         with pytest.raises(kind, match=text):
             logp_entropy(*arguments)
+
+
+def test_autocast_changes_nothing():
+    logits = torch.randn(5, 400) * 3
+    targets = torch.randint(400, (5,))
+    plain = logp_entropy(logits, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = logp_entropy(logits, targets)
+    assert torch.equal(plain.logp, inside.logp) and torch.equal(plain.entropy, inside.entropy)

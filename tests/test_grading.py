@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rollfuse.rollout import grading
 from rollfuse.rollout.grading import grade_answer, has_marked_answer, is_safe, stated_answer
 from rollfuse.rollout.tasks import read_questions
 
@@ -77,6 +78,9 @@ def test_other_answers_are_wrong(reference: str, response: str) -> None:
     "hostile",
     [
         "9**9**9**9",
+        "9^9^9",
+        "9^{9}^{9}",
+        "x^9^9",
         "2^{2^{2^{100}}}",
         "(10^999)^999",
         "{2^9}^9",
@@ -96,7 +100,16 @@ def test_what_could_explode_is_not_evaluated(hostile: str) -> None:
     assert time.perf_counter() - started < 1.0
 
 
-@pytest.mark.parametrize("fine", ["10^6", r"\frac{3}{4}", "x^2 + y^2", r"\$18", "2**10"])
+def test_unsafe_answers_never_reach_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(answer: str) -> None:
+        raise AssertionError(answer)
+
+    monkeypatch.setattr(grading, "_parse", refuse)
+    assert not grade_answer("18", "#### 9**9**9**9")
+    assert not grade_answer("9**9**9**9", "#### 18")
+
+
+@pytest.mark.parametrize("fine", ["10^6", r"\frac{2^3}{4}", "x^2 + y^2", r"\$18", "2**10"])
 def test_plain_answers_are_evaluated(fine: str) -> None:
     assert is_safe(fine)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,20 @@ TINY = Config(
     sample_every=2,
     threads=1,
 )
+
+
+def first_digit_task(name: str, *, heldout: int) -> Task:
+    """Say the first of three digits: learned in seconds, and soon some answers are right."""
+    problems = [Problem(f"{i:03d}>", f"{i:03d}"[0]) for i in range(1000)]
+    train, held = tasks.split_heldout(problems, heldout)
+    return Task(name, train, held, tasks.grade_exact, 2, "0123456789>")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def easy_task() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "built_in_task", first_digit_task)
+        yield
 
 
 def some_minibatch(n_prompts: int = 5) -> tuple[Policy, Minibatch]:
@@ -177,6 +192,9 @@ def test_resuming_is_bitwise(tmp_path: Path, changes: dict[str, object]) -> None
     for name, value in weights(straight).items():
         assert torch.equal(value, found[name]), name
     assert timeless(straight) == timeless(parts)
+    # Otherwise nothing would have moved, and the optimiser's state would not matter.
+    active = [m["active_sequences"] for m in timeless(parts) if "loss" in m]
+    assert max(active[:3]) > 0 and max(active[3:]) > 0
     assert len(timeless(straight)) == 6 + 3  # steps and measurements
     samples = [(run / "samples.jsonl").read_text() for run in (straight, parts)]
     assert samples[0] == samples[1]
@@ -293,19 +311,47 @@ def test_shuffled_advantages_are_the_same_ones_elsewhere(tmp_path: Path) -> None
     assert not torch.equal(honest, shuffled)
 
 
-def first_digit_task(name: str, *, heldout: int) -> Task:
-    """Say the first of three digits."""
-    problems = [Problem(f"{i:03d}>", f"{i:03d}"[0]) for i in range(1000)]
-    train, held = tasks.split_heldout(problems, 64)
-    return Task(name, train, held, tasks.grade_exact, 2, "0123456789>")
+def test_the_warm_start_is_saved_before_the_first_step(tmp_path: Path) -> None:
+    parts = session.start(TINY, tmp_path / "run")
+    found = weights(tmp_path / "run")
+    for name, value in parts.policy.model.state_dict().items():
+        assert torch.equal(value, found[name]), name
+    assert checkpoints(tmp_path / "run")[-1].name == "step-000000"
 
 
-def test_it_learns_and_a_learning_rate_of_zero_does_not(
+def test_the_learning_rate_rises_to_its_value(tmp_path: Path) -> None:
+    run = loop.train(replace(TINY, lr_warmup=4, minibatches=2, steps=3), tmp_path / "run")
+    rates = [m["lr"] for m in timeless(run) if "lr" in m]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3])  # after two updates a step
+
+
+def test_every_response_has_noise_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "built_in_task", first_digit_task)
+    drawn: list[int] = []
+    generate = Engine.generate
+
+    def watched(engine: Engine, *args: object, **options: object) -> object:
+        if options.get("streams") is not None:
+            drawn.extend(options["streams"].tolist())
+        return generate(engine, *args, **options)
+
+    monkeypatch.setattr(Engine, "generate", watched)
+    loop.train(replace(TINY, steps=2), tmp_path / "run")
+    loop.resume(tmp_path / "run", steps=3)
+    assert len(drawn) == len(set(drawn)) == 3 * 6 * 4
+
+
+def test_it_learns_and_a_learning_rate_of_zero_does_not(tmp_path: Path) -> None:
     config = replace(
-        TINY, hidden=32, steps=80, prompts_per_step=16, group_size=8, lr=3e-3, warm_steps=20
+        TINY,
+        hidden=32,
+        heldout=64,
+        steps=80,
+        prompts_per_step=16,
+        group_size=8,
+        lr=3e-3,
+        warm_steps=20,
     )
     config = replace(config, eval_every=80)
     learned = timeless(loop.train(config, tmp_path / "learned"))

@@ -22,11 +22,13 @@ def allocated_peak(run) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["fused", "recompute", "unit"])
-def test_peak_bytes_follow_the_formula(kind, dtype):
+@pytest.mark.parametrize("bias,softcap", [(False, None), (True, 30.0)])
+def test_peak_bytes_follow_the_formula(kind, dtype, bias, softcap):
     frozen = "weight,bias" if kind == "unit" else ""
     problem = make_problem(
-        n_rows=700, width=64, vocabulary=9000, dtype=dtype, bias=False, frozen=frozen
-    )
+        n_rows=700, width=64, vocabulary=9000, dtype=dtype, bias=bias, softcap=softcap,
+        frozen=frozen,
+    )  # fmt: skip
     objective = smooth_local if kind == "fused" else coupled
     arguments = (problem.hidden, problem.head, problem.batch, objective, Plan(kind))
     report = explain(*arguments)

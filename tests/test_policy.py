@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -436,3 +437,77 @@ def test_bad_arguments_say_what_was_needed():
     shifted = TokenBatch(targets=batch.targets, weights=batch.weights, rows=rows)
     with pytest.raises(ValueError, match="24"):
         linear_policy_loss(hidden, head, shifted, coupled)
+
+
+def test_second_derivatives_are_refused():
+    problem = make_problem()
+    for objective in (smooth_local, coupled):
+        result = linear_policy_loss(problem.hidden, problem.head, problem.batch, objective)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(result.loss, problem.hidden, create_graph=True)
+    logits = torch.randn(24, 301, requires_grad=True)
+    result = policy_loss(logits, problem.batch, smooth_local)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(result.loss, logits, create_graph=True)
+
+
+def test_gradients_handed_out_stay_as_they_are():
+    problem = make_problem()
+    result = linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local)
+    first = torch.autograd.grad(result.loss, problem.leaves, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(result.loss * 512.0, problem.leaves)
+    for handed, copy, scaled in zip(first, copies, second, strict=True):
+        assert torch.equal(handed, copy)
+        torch.testing.assert_close(scaled, copy * 512.0, rtol=1e-6, atol=0)
+
+
+def test_overwriting_a_leaf_is_refused():
+    problem = make_problem()
+    logits = torch.randn(24, 301, requires_grad=True)
+    for leaf in (logits, logits.view(24, 301)):
+        with pytest.raises(ValueError, match="a leaf"):
+            policy_loss(leaf, problem.batch, smooth_local, overwrite_logits=True)
+
+
+def test_a_changed_batch_forgets_its_host_copy():
+    batch = make_problem().batch.to("meta")
+    assert batch.host is not None
+    assert dataclasses.replace(batch, advantages=None).host is None
+
+
+def test_scoring_counts_in_the_plan_and_in_the_budget():
+    problem = make_problem(n_rows=200, vocabulary=5000, bias=False)
+    few = token_local(active=lambda batch: torch.arange(200) < 3)(
+        lambda logp, entropy, batch: logp * (torch.arange(len(logp)) < 3)
+    )
+    arguments = (problem.hidden, problem.head, problem.batch, few)
+    skip, score = (explain(*arguments, Plan(dropped=d)) for d in ("skip", "score"))
+    assert skip.flops == 3 * 2 * 3 * 16 * 5000 and score.flops == skip.flops + 2 * 197 * 16 * 5000
+    tight = Plan(budget_bytes=skip.peak_bytes, dropped="score")
+    with pytest.raises(ValueError, match="at least"):
+        linear_policy_loss(*arguments, plan=tight)
+
+
+def test_shared_rows_under_torch_compile():
+    """A graph break at the op is fine, wrong numbers are not."""
+    problem = make_problem(n_pairs=40)
+
+    @torch.compile(backend="eager")
+    def compiled(hidden):
+        loss = linear_policy_loss(hidden * 1.0, problem.head, problem.batch, smooth_local).loss
+        return loss * 2.0
+
+    want = linear_policy_loss(problem.hidden, problem.head, problem.batch, smooth_local).loss
+    torch.testing.assert_close(compiled(problem.hidden), want * 2.0)
+
+
+def test_strided_bias_and_bfloat16_temperature():
+    problem = make_problem(n_pairs=40, frozen="hidden,weight,bias")
+    strided = torch.stack([problem.bias, torch.full((301,), 9.0)], 1)[:, 0]
+    batch = dataclasses.replace(problem.batch, temperature=torch.ones(40, dtype=torch.bfloat16))
+    plain = dataclasses.replace(problem, batch=batch)
+    head = Head(problem.weight, strided, 1.3)
+    found = linear_policy_loss(problem.hidden, head, batch, smooth_local)
+    _, logp, _ = reference_loss(plain.cast(torch.float64), smooth)
+    assert_close("logp", found.logp[found.computed], logp[found.computed], atol=2e-5)

@@ -40,7 +40,7 @@ class Config:
     warm_batch_size: int = 64  # problems
     warm_lr: float = 1e-3
 
-    steps: int = 1000  # GRPO steps
+    steps: int = 800  # GRPO steps
     prompts_per_step: int = 64
     group_size: int = 8  # responses per prompt
     max_new_tokens: int | None = None  # None: the task's own limit

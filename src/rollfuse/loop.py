@@ -133,6 +133,7 @@ def _step(session: Session, interrupts: Interrupts) -> tuple[Metrics, list[dict[
     progress.prompts_seen += config.prompts_per_step
     progress.streams_drawn += n_streams
     metrics |= _describe_updates(updates, config)
+    metrics["lr"] = float(session.optimizer.param_groups[0]["lr"])
     ended = time.perf_counter()
     metrics |= {
         "seconds": ended - started,

@@ -49,7 +49,8 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False)
+        # A path must stay in one piece, whatever the width of the window.
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
