@@ -489,6 +489,7 @@ def test_scoring_counts_in_the_plan_and_in_the_budget():
         linear_policy_loss(*arguments, plan=tight)
 
 
+@pytest.mark.skipif(backend.name == "interpret", reason="Dynamo cannot trace the interpreter")
 def test_shared_rows_under_torch_compile():
     """A graph break at the op is fine, wrong numbers are not."""
     problem = make_problem(n_pairs=40)
