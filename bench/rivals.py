@@ -210,6 +210,17 @@ def _liger_grpo(inputs: Inputs) -> dict[str, Step]:
     }
 
 
+def _liger_cross_entropy(inputs: Inputs) -> dict[str, Step]:
+    loss_class = _attribute("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    nll_of = loss_class(reduction="none")
+    rows, targets = _active(inputs)
+
+    def scores() -> tuple[Tensor, None]:
+        return -nll_of(inputs.weight, rows(), targets), None
+
+    return {"active rows": _step_of(inputs, scores)}
+
+
 def _cut_cross_entropy(inputs: Inputs) -> dict[str, Step]:
     nll_of = _attribute("cut_cross_entropy", "linear_cross_entropy")
     on_gpu = inputs.hidden.device.type == "cuda"
@@ -255,6 +266,16 @@ PROVIDERS = (
         "liger-kernel",
         logits_copies=1.0,
         entropy_gradient=False,
+        note="no entropy: run without the bonus",
+    ),
+    Provider(
+        "liger ce",
+        _liger_cross_entropy,
+        "liger_kernel",
+        "liger-kernel",
+        logits_copies=1.0,
+        entropy_gradient=False,
+        cuda_only=True,
         note="no entropy: run without the bonus",
     ),
     Provider(

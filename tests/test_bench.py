@@ -70,6 +70,10 @@ def test_errors_and_complaints() -> None:
     scaled = check.errors(true._replace(dweight=0.97 * torch.ones(3, 2)), true)
     assert scaled["dweight"] == pytest.approx(0.03, rel=1e-5)
     assert all(check.complaint(scaled, dtype) for dtype in ("float32", "bfloat16", "float16"))
+    # Rows of norm 1, 1 and 4 (RMS sqrt(6)): errors of 0.1, none and 0.4.
+    uneven = true._replace(dweight=torch.diag(torch.tensor([1.0, 1.0, 4.0])))
+    off = uneven._replace(dweight=torch.diag(torch.tensor([1.1, 1.0, 4.4])))
+    assert check.errors(off, uneven)["dweight_row"] == pytest.approx(0.1, rel=1e-5)
     nan = check.errors(true._replace(logp=torch.tensor([0.0, torch.nan])), true)
     assert "logp" in (check.complaint(nan, "float32") or "")
     skipped = true._replace(logp=torch.tensor([0.0, torch.nan]), scored=torch.tensor([True, False]))

@@ -64,9 +64,11 @@ def first_digit_task(name: str, *, heldout: int) -> Task:
 
 @pytest.fixture(scope="module", autouse=True)
 def easy_task() -> Iterator[None]:
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "built_in_task", first_digit_task)
         yield
+    torch.set_num_threads(threads)
 
 
 def some_minibatch(n_prompts: int = 5) -> tuple[Policy, Minibatch]:

@@ -37,7 +37,7 @@ _HELP = {
     "warm_steps": "supervised steps on them",
     "dtype": f"of a model read from --model: {', '.join(DTYPES)}",
     "device": "cpu, cuda, cuda:1 (default: the backend's)",
-    "threads": "CPU threads (default: as torch chooses)",
+    "threads": "CPU threads (default: 1 for the small model, as torch chooses with --model)",
 }
 
 

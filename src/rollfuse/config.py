@@ -66,7 +66,7 @@ class Config:
     checkpoint_every: int = 50
     sample_every: int = 25
     keep_checkpoints: int = 2
-    threads: int | None = None  # None: as torch chooses
+    threads: int | None = None  # None: 1 for the small model, as torch chooses for --model
     device: str | None = None  # None: the backend's
     dtype: str = "float32"  # of a model read from --model
 
@@ -79,6 +79,11 @@ class Config:
         if self.lr is not None:
             return self.lr
         return 2e-4 if self.model is None else 1e-6
+
+    @property
+    def cpu_threads(self) -> int | None:
+        """One for the small model: its matrices are too small to share, and waiting costs."""
+        return 1 if self.threads is None and self.model is None else self.threads
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

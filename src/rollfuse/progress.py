@@ -7,8 +7,8 @@ from types import TracebackType
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.progress import TextColumn, TimeRemainingColumn
 except ImportError as error:
     raise ImportError("progress needs rich: pip install rollfuse[grpo]") from error
 
@@ -24,9 +24,8 @@ class ProgressLine:
         self._n_steps = n_steps
         self._bar = RichProgress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
             TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self._console,
             # A pipe or a file gets plain lines.
@@ -57,8 +56,8 @@ class ProgressLine:
         step = int(metrics["step"])
         self._seconds = [*self._seconds[-19:], metrics["seconds"]]
         text = (
-            f"reward {metrics['reward']:.3f}  loss {metrics['loss']:+.4f}  "
-            f"entropy {metrics['entropy']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+            f"reward {metrics['reward']:.3f} loss {metrics['loss']:+.4f} "
+            f"entropy {metrics['entropy']:.3f} {metrics['tokens_per_second']:,.0f} tok/s"
         )
         self._bar.update(self._task, completed=step, description=text)
         is_shown = step % _PLAIN_EVERY == 0 or step == self._n_steps

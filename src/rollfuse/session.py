@@ -45,7 +45,9 @@ def start(config: Config, out: str | Path) -> Session:
     need_free(out)
     task = load_task(config)
     limit = config.max_new_tokens or task.max_new_tokens
-    config = replace(config, max_new_tokens=limit, lr=config.learning_rate)
+    config = replace(
+        config, max_new_tokens=limit, lr=config.learning_rate, threads=config.cpu_threads
+    )
     policy = _first_policy(config, task)
     if config.model is None:
         plan = WarmStart(
