@@ -37,11 +37,11 @@ def test_info_says_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = info_module.version
-    gone = {"rich", "transformers", "psutil"}
+    gone = {"rich", "transformers", "matplotlib"}
     monkeypatch.setattr(info_module, "version", lambda n: None if n in gone else real(n))
     found = info_module.info()
     assert {"transformers", "rich"} <= set(found["missing"]["grpo"])
-    assert "psutil" in found["missing"]["bench"]
+    assert "matplotlib" in found["missing"]["bench"]
     text = info_module.as_text(found)
     assert "missing    transformers, rich: pip install rollfuse[grpo]" in text
     assert found["abilities"]["training (rollfuse grpo)"] == "no, needs transformers, rich"
@@ -128,7 +128,7 @@ sys.exit(main({arguments.split()!r}))
     )
 
 
-EXTRAS = "transformers safetensors rich tensorboard math_verify tokenizers triton matplotlib psutil"
+EXTRAS = "transformers safetensors rich tensorboard math_verify tokenizers triton matplotlib"
 
 
 def test_info_works_with_torch_and_numpy_alone() -> None:

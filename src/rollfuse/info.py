@@ -13,7 +13,7 @@ from rollfuse.kernels.dispatch import backend, this_machine
 # extra -> the packages it brings
 _EXTRAS = {
     "grpo": ("transformers", "safetensors", "math-verify", "rich", "tensorboard"),
-    "bench": ("matplotlib", "psutil", "pytest-benchmark"),
+    "bench": ("matplotlib", "pytest-benchmark"),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "build"),
 }
 
