@@ -21,7 +21,7 @@ MAX_ANSWER_CHARS = 100
 _MAX_SEARCHED_CHARS = 8192
 
 _MARKER = re.compile(
-    r"####|\\boxed\s*\{|^\s*A:|\banswer(?:\s+is|\s*:)(?!\s*$)", re.MULTILINE | re.IGNORECASE
+    r"####|\\boxed\s*\{|^[ \t]*A:|\banswer(?:\s+is|\s*:)(?!\s*$)", re.MULTILINE | re.IGNORECASE
 )
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?%?")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)

@@ -56,7 +56,17 @@ def test_a_run_from_the_command_line_and_its_continuation(
     assert "held-out accuracy" in said and "reward" in said and "tok/s" in said
     assert "\x1b" not in said  # no terminal, plain lines
     assert main(["grpo", "--resume", out, "--steps", "3"]) == 0
-    assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
+    assert checkpoint.is_dir()
+    message = said_error(["grpo", "--resume", out, "--steps", "2"], capsys)
+    assert "--steps: need at least the 3 steps done, got 2" in message
+    message = said_error(["grpo", "--resume", out, "--out", "elsewhere"], capsys)
+    assert "need no option beside it but --steps, got ['out']" in message
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    broken = ["grpo", "--model", str(checkpoint), "--data", str(TWENTY)]
+    message = said_error([*broken, "--out", str(tmp_path / "other")], capsys)
+    assert "need a causal LM with its tokenizer" in message
+    assert not (tmp_path / "other").exists()
 
 
 def said_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

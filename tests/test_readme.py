@@ -35,7 +35,7 @@ def test_the_blocks_are_as_short_as_promised():
     lines = [
         len([line for line in block.splitlines() if line.strip()]) for block in (first, second)
     ]
-    assert lines[0] <= 12
+    assert lines[0] <= 10
     assert lines[1] <= 5
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rollfuse.config import DTYPES, LOSSES, Config
+from rollfuse.config import LOSSES, Config
 
 _KINDS: dict[str, type] = {"int": int, "float": float, "str": str}
 # What the fields of Config mean, where the name does not say it all.
@@ -35,7 +35,6 @@ _HELP = {
     "shuffle_advantages": "control: advantages in random order teach nothing",
     "warm_problems": "solved problems shown before GRPO",
     "warm_steps": "supervised steps on them",
-    "dtype": f"of a model read from --model: {', '.join(DTYPES)}",
     "device": "cpu, cuda, cuda:1 (default: the backend's)",
     "threads": "CPU threads (default: 1 for the small model, as torch chooses with --model)",
 }
@@ -79,7 +78,8 @@ def _grpo(options: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(options).items() if k not in ("command", "out", "resume")}
     if options.resume is not None:
         changed = sorted(given.keys() - {"steps"})
-        if changed or options.out is not None:
+        changed += [] if options.out is None else ["out"]
+        if changed:
             raise ValueError(f"--resume: need no option beside it but --steps, got {changed}")
         from rollfuse.loop import resume
 

@@ -12,7 +12,6 @@ from typing import Any
 from rollfuse.kernels import checks
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "rloo")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class Config:
     entropy_coef: float = 0.0
     tis_cap: float | None = None  # cap of the weight that corrects the sampler; None: no weight
     reference: bool = True  # keep the starting policy, to measure the distance from it
-    rescore: bool | None = None  # old log-probs by a pass of the trainer; None: unless float32
+    rescore: bool = False  # old log-probs by a pass of the trainer, not from the sampler
     minibatches: int = 1  # optimiser updates per step
     decode_sequences: int | None = None  # responses sampled together; None: the whole step's
     micro_sequences: int = 256  # responses in one forward and backward
@@ -68,7 +67,6 @@ class Config:
     keep_checkpoints: int = 2
     threads: int | None = None  # None: 1 for the small model, as torch chooses for --model
     device: str | None = None  # None: the backend's
-    dtype: str = "float32"  # of a model read from --model
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -144,7 +142,6 @@ def _check_ranges(config: Config) -> None:
         ),
         ("tis_cap", config.tis_cap is None or config.tis_cap > 0, "a number > 0"),
         ("reference", config.reference or config.kl_coef == 0, "a reference policy for --kl-coef"),
-        ("dtype", config.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ("data", config.data is None or config.model is not None, "--model beside --data"),
         (
             "minibatches",

@@ -177,9 +177,8 @@ def _step_batch(session: Session, rollout: Rollout, rewards: Tensor) -> Minibatc
     if config.shuffle_advantages:
         generator = torch.Generator().manual_seed(config.seed + session.progress.step)
         advantages = advantages[torch.randperm(len(advantages), generator=generator)]
-    # Sampler and trainer share weights and head. In less than float32 their rounding differs.
-    rescore = config.dtype != "float32" if config.rescore is None else config.rescore
-    old = score(policy, rollout, config.micro_sequences) if rescore else None
+    # Sampler and trainer share weights and head: the sampler's log-probs are the old ones.
+    old = score(policy, rollout, config.micro_sequences) if config.rescore else None
     is_due = config.kl_coef > 0 or session.progress.step % config.eval_every == 0
     ref = None
     if reference is not None and is_due:

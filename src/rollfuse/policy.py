@@ -199,21 +199,26 @@ def small_policy(task: Task, shape: SmallModel, *, seed: int) -> Policy:
     return Policy(model.eval(), tokenizer)
 
 
-def load_policy(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Policy:
-    """The causal LM and tokenizer in a directory that `save_pretrained` wrote; never downloads.
+def load_policy(folder: str | Path) -> Policy:
+    """The causal LM, in float32, and tokenizer in a directory that `save_pretrained` wrote.
+
+    Never downloads. In a half dtype without a float32 master copy small updates would round away.
 
     Raises:
         ValueError: there is no such directory, it holds no causal LM with a tokenizer, or the
             tokenizer has no end token.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     good = (Path(folder) / "config.json").is_file()
     checks.need(good, "model", "a directory with a config.json", str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         need = "a causal LM with its tokenizer, as save_pretrained writes them"
         raise ValueError(f"model {folder}: need {need}, got: {error}") from error
     has_end = tokenizer.eos_token_id is not None

@@ -175,7 +175,7 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM as KeyboardInterrupt, but not between `hold` and `release`.
+    """SIGINT, SIGTERM and SIGHUP as KeyboardInterrupt, but not between `hold` and `release`.
 
     A step may be abandoned at any point where it has changed nothing yet; updating the weights,
     counting and writing belong together. Outside the main thread signals are left alone.
@@ -188,7 +188,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # Windows has no SIGHUP, which a closed terminal sends.
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+            for number in {signal.SIGINT, signal.SIGTERM, hangup}:
                 self._before[number] = signal.signal(number, self._arrive)
         return self
 

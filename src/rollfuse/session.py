@@ -66,12 +66,14 @@ def reopen(out: str | Path, *, steps: int | None) -> Session:
     """The training in `out` as its last checkpoint left it."""
     need_training_extra()
     run = RunDirectory.reopen(out)
-    if steps is not None:
-        run.reconfigure(replace(run.config, steps=steps))
     checkpoint = last_checkpoint(run.path)
     assert checkpoint is not None
+    if steps is not None:
+        done = int(checkpoint.name.rpartition("-")[2])
+        checks.need(steps >= done, "--steps", f"at least the {done} steps done", steps)
+        run.reconfigure(replace(run.config, steps=steps))
     _set_threads(run.config)
-    policy = load_policy(checkpoint, dtype=getattr(torch, run.config.dtype))
+    policy = load_policy(checkpoint)
     policy.model.to(_device(run.config))
     session = _assemble(run.config, load_task(run.config), policy, run)
     session.progress = restore(checkpoint, session.optimizer)
@@ -94,7 +96,7 @@ def load_task(config: Config) -> Task:
 def _first_policy(config: Config, task: Task) -> Policy:
     _set_threads(config)
     if config.model is not None:
-        policy = load_policy(config.model, dtype=getattr(torch, config.dtype))
+        policy = load_policy(config.model)
     else:
         shape = SmallModel(
             config.layers, config.hidden, config.intermediate, config.heads, config.kv_heads
@@ -125,7 +127,7 @@ def _reference(session: Session) -> Policy | None:
     if not config.reference:
         return None
     folder = config.model or session.run.path / "reference"
-    reference = load_policy(folder, dtype=getattr(torch, config.dtype))
+    reference = load_policy(folder)
     reference.model.to(_device(config)).requires_grad_(False)
     return reference
 
