@@ -8,7 +8,7 @@ EXTRAS := bench dev grpo
 .NOTPARALLEL:
 
 help:
-	@echo "make demo         train a small policy with GRPO and write a report (5 minutes, 2 cores)"
+	@echo "make demo         train a small policy with GRPO and write a report (a few minutes on a CPU)"
 	@echo "make test         lint, types, tests, interpreted kernels, portability, packaging"
 	@echo "make environment  only create .venv"
 	@echo "make format       format the code and fix what ruff can fix"
