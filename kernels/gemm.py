@@ -84,6 +84,17 @@ def accumulate_weight_gradient(
         into.addmm_(dz.t(), x)
 
 
+def row_stride(vocabulary: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next in a workspace.
+
+    On a CPU an odd multiple of 16: rows a large power of two apart fall into the same few cache
+    sets, which costs the products over them 4 to 7 %.
+    """
+    if device.type != "cpu":
+        return vocabulary
+    return (-(-vocabulary // 16) | 1) * 16
+
+
 def slab_bytes(vocabulary: int, width: int, weight: torch.dtype, operand: torch.dtype) -> int:
     """Bytes of the widened slab of a (V, D) weight; 0 where none is needed."""
     wide = compute_dtype(operand)

@@ -19,10 +19,11 @@ from torch import Tensor
 from rollfuse.kernels.dispatch import backend, use_triton
 from rollfuse.kernels.rows import FLOOR, RowCoefficients, RowStatistics, Transform
 from rollfuse.kernels.statistics import (
+    NATS_PER_BIT,
     Scratch,
+    bits_from_top,
     prepare,
     row_entropy,
-    shift_block,
 )
 
 if backend.name != "cpu":
@@ -108,17 +109,19 @@ def fill_gradient_torch(  # noqa: PLR0913
         part = transform.rows(start, stop)
         where = slice(start, stop) if rows is None else rows[start:stop]
         pre = prepare(logits[where], part, scratch)
-        shifted = shift_block(pre, stats.top[start:stop], part, scratch.first)
-        exps = torch.exp(shifted, out=scratch.second[: stop - start])
+        bits = bits_from_top(pre, stats.top[start:stop], part, scratch.first)
+        exps = torch.exp2(bits, out=scratch.second[: stop - start])
         slope = coefficients.alpha[start:stop].unsqueeze(1)
         if coefficients.beta is not None:
-            shifted.clamp_(min=FLOOR).mul_(coefficients.beta[start:stop].unsqueeze(1))
-            slope = shifted.add_(slope)
-        gradient = exps.mul_(slope)
+            beta = coefficients.beta[start:stop] * NATS_PER_BIT
+            slope = bits.clamp_(min=FLOOR).mul_(beta.unsqueeze(1)).add_(slope)
         if transform.pre_scale is not None:
             # d tanh(x) = 1 - tanh(x)^2; `pre` is the scratch's and no longer needed.
-            gradient.mul_(pre.square_().neg_().add_(1.0).mul_(transform.pre_scale))
-        out[where] = gradient.to(out.dtype)
+            exps.mul_(pre.square_().neg_().add_(1.0).mul_(transform.pre_scale))
+        if rows is None and out.dtype == exps.dtype:
+            torch.mul(exps, slope, out=out[where])
+        else:
+            out[where] = exps.mul_(slope).to(out.dtype)
 
 
 def _sum_by_target(targets: Targets, dlogp: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:

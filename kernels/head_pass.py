@@ -54,10 +54,10 @@ class HeadPass:
     workspace: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.workspace = self.inputs.hidden.new_empty(
-            (self.chunk_rows, self.inputs.head.vocabulary),
-            dtype=compute_dtype(self.inputs.operand),
-        )
+        hidden, vocabulary = self.inputs.hidden, self.inputs.head.vocabulary
+        stride = gemm.row_stride(vocabulary, hidden.device)
+        dtype = compute_dtype(self.inputs.operand)
+        self.workspace = hidden.new_empty((self.chunk_rows, stride), dtype=dtype)[:, :vocabulary]
 
     def hidden_rows(self, chunk: Chunk) -> Tensor:
         """(c, D) hidden rows of the chunk."""

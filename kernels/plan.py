@@ -8,13 +8,13 @@
 T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. One chunk
 of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and returned gradients:
 
-    chunk_rows * (V + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
+    chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
-with w = 4 bytes (8 in float64). blocks: two buffers of 1 MiB or one row each (three under a bias or
-softcap), in the PyTorch path; slab: at most 32 MiB of a weight that must be widened, or the whole
-weight rounded to a half operand type; accumulators: w minus the size of the weight's dtype, times
-V D; held: T D w in plan `unit`. Narrow weight gradients are made when the chunk is gone, so V D w
-is the least.
+with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
+two buffers of 1 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
+most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
+accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`. Narrow
+weight gradients are made when the chunk is gone, so V D w is the least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.gemm import gradient_dtype, slab_bytes
+from rollfuse.kernels.gemm import gradient_dtype, row_stride, slab_bytes
 from rollfuse.kernels.rows import compute_dtype
 from rollfuse.kernels.statistics import Scratch
 
@@ -167,7 +167,8 @@ def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
 def _row_bytes(problem: Problem) -> int:
     """Bytes that grow with the rows of a chunk: its logits, its hidden rows, their gradient."""
     rows_of_hidden = 1 + int(problem.needs_hidden)
-    return problem.item * (problem.vocabulary + rows_of_hidden * problem.width)
+    stride = row_stride(problem.vocabulary, problem.device)
+    return problem.item * (stride + rows_of_hidden * problem.width)
 
 
 def _fixed_bytes(problem: Problem, kind: Kind) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,12 @@ if backend.name != "cpu":
 
 # Rows are handled in blocks of about this many elements: 1 MiB of float32 stays in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
+# The PyTorch path measures distances from the maximum in bits, because torch.exp2 takes a third of
+# torch.exp's time on a CPU; the factor that turns logits into nats turns them into bits as well.
+_BITS_PER_NAT = 1.0 / math.log(2.0)
+NATS_PER_BIT = math.log(2.0)
+# Columns of a group in the search for a maximum.
+_GROUP = 64
 
 
 def row_statistics(
@@ -40,28 +47,42 @@ def row_statistics_torch(
     for start, stop in scratch.blocks(n_slots):
         part = transform.rows(start, stop)
         pre = prepare(_take(logits, rows, start, stop), part, scratch)
-        top = pre.amax(1)
         index = first_argmax(pre)
-        shifted = shift_block(pre, top, part, scratch.first)
-        exps = torch.exp(shifted, out=scratch.second[: stop - start]).scatter_(
-            1, index.unsqueeze(1), 0.0
-        )
-        spread = -torch.linalg.vecdot(exps, shifted)
-        if bool(spread.isnan().any()):  # 0 * inf at -inf logits; true NaNs survive the clamp
-            spread = -torch.linalg.vecdot(exps, shifted.clamp_(min=FLOOR))
+        top = pre.gather(1, index.unsqueeze(1)).squeeze(1)
+        bits = bits_from_top(pre, top, part, scratch.first)
+        exps = torch.exp2(bits, out=scratch.second[: stop - start])
+        exps.scatter_(1, index.unsqueeze(1), 0.0)
         stats.top[start:stop] = top
         stats.top_column[start:stop] = index
         stats.rest[start:stop] = exps.sum(1)
-        stats.spread[start:stop] = spread
+        spread = exps.mul_(bits).sum(1)
+        if bool(spread.isnan().any()):  # 0 * inf at -inf logits; true NaNs survive the clamp
+            bits.clamp_(min=FLOOR)
+            exps = torch.exp2(bits, out=exps).scatter_(1, index.unsqueeze(1), 0.0)
+            spread = exps.mul_(bits).sum(1)
+        stats.spread[start:stop] = spread.mul_(-NATS_PER_BIT)
     return stats
 
 
 def first_argmax(scores: Tensor) -> Tensor:
-    """(N,) int64: the lowest column of each row's maximum."""
-    if scores.device.type == "cpu":
-        # NumPy's search is vectorised, torch's is not: ten times slower at V = 152k.
-        return torch.from_numpy(scores.numpy().argmax(axis=1))
-    return scores.argmax(dim=1)
+    """(N,) int64: the lowest column of each row's maximum, or one of a row's NaNs.
+
+    Maxima of groups are vectorised, torch's search for a column is not: a tenth of the time of
+    searching whole rows at V = 152k.
+    """
+    n_rows, n_cols = scores.shape
+    in_groups = n_cols // _GROUP * _GROUP
+    if in_groups < 2 * _GROUP:
+        return scores.argmax(dim=1)
+    groups = scores[:, :in_groups].unflatten(1, (-1, _GROUP))  # (N, groups, 64)
+    group = groups.amax(2).argmax(1)
+    members = groups[torch.arange(n_rows, device=scores.device), group]  # (N, 64)
+    best, member = members.max(1)
+    column = group * _GROUP + member
+    if in_groups == n_cols:
+        return column
+    last, tail_column = scores[:, in_groups:].max(1)
+    return torch.where(last <= best, column, tail_column + in_groups)
 
 
 class Scratch:
@@ -100,10 +121,10 @@ def prepare(logits: Tensor, transform: Transform, scratch: Scratch) -> Tensor:
     return pre
 
 
-def shift_block(pre: Tensor, top: Tensor, transform: Transform, out: Tensor) -> Tensor:
-    """z - z_top of a block of rows, into the first rows of `out`."""
-    shifted = torch.sub(pre, _finite(top).unsqueeze(1), out=out[: pre.shape[0]])
-    return shifted.mul_(transform.factor.unsqueeze(1))
+def bits_from_top(pre: Tensor, top: Tensor, transform: Transform, out: Tensor) -> Tensor:
+    """(z - z_top) / ln 2 of a block of rows, into the first rows of `out`."""
+    bits = torch.sub(pre, _finite(top).unsqueeze(1), out=out[: pre.shape[0]])
+    return bits.mul_((transform.factor * _BITS_PER_NAT).unsqueeze(1))
 
 
 def target_shift(

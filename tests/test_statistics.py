@@ -84,7 +84,9 @@ def test_confident_rows_keep_their_digits():
     targets = torch.full_like(slot, 20)
     logp, _ = ours(logits, Transform(torch.ones(len(margins))), None, slot, targets)
     exact = -torch.log1p(49 * torch.exp(-margins.double()))
-    assert ((logp.double() - exact) / exact).abs().max() < 2e-6
+    # A margin of m nats rounds by up to m * 2^-24, and so does its exponential: 1.5e-6 at 25, and
+    # as much again on the PyTorch path, which measures it in bits.
+    assert ((logp.double() - exact) / exact).abs().max() < 3e-6
 
 
 def test_bias_softcap_rows_and_temperature():
