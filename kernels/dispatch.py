@@ -93,8 +93,13 @@ if backend.name == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def use_triton(tensor: Tensor) -> bool:
-    """Whether `tensor` is served by the Triton kernels under the chosen backend."""
+def triton_serves(device: torch.device) -> bool:
+    """Whether tensors on `device` are served by the Triton kernels under the chosen backend."""
     if backend.name == "interpret":
-        return tensor.device.type == "cpu"
-    return backend.name in ("cuda", "rocm") and tensor.device.type == "cuda"
+        return device.type == "cpu"
+    return backend.name in ("cuda", "rocm") and device.type == "cuda"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels serve `tensor`."""
+    return triton_serves(tensor.device)

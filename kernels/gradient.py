@@ -20,6 +20,7 @@ from rollfuse.kernels.dispatch import backend, use_triton
 from rollfuse.kernels.rows import FLOOR, RowCoefficients, RowStatistics, Transform
 from rollfuse.kernels.statistics import (
     NATS_PER_BIT,
+    Exponentials,
     Scratch,
     bits_from_top,
     prepare,
@@ -27,6 +28,9 @@ from rollfuse.kernels.statistics import (
 )
 
 if backend.name != "cpu":
+    from rollfuse.kernels._triton.gradient import (
+        fill_from_exponentials as fill_from_exponentials_triton,
+    )
     from rollfuse.kernels._triton.gradient import fill_gradient as fill_gradient_triton
 
 
@@ -92,6 +96,46 @@ def row_gradient(  # noqa: PLR0913  (one launch: inputs, vectors, output, map)
     row = coefficients.slot if rows is None else rows[coefficients.slot]
     out[row, coefficients.column] = coefficients.value.to(out.dtype)
     return out
+
+
+def row_gradient_from_exponentials(
+    keep: Exponentials,
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: Tensor,
+) -> Tensor:
+    """`row_gradient` of the rows whose exponentials were kept, into the rows of `out` (S, V).
+
+    Without a softcap, whose derivative needs the logits themselves.
+    """
+    assert transform.pre_scale is None
+    fill = fill_from_exponentials_torch
+    if use_triton(out):
+        fill = fill_from_exponentials_triton
+    fill(keep, transform, stats, coefficients, out)
+    out[coefficients.slot, coefficients.column] = coefficients.value.to(out.dtype)
+    return out
+
+
+def fill_from_exponentials_torch(
+    keep: Exponentials,
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: Tensor,
+) -> None:
+    """The columns nobody targets, from exponentials relative to the row's own maximum."""
+    scratch = Scratch(out, transform)
+    for start, stop in scratch.blocks(stats.top.shape[0]):
+        where = slice(start, stop) if keep.rows is None else keep.rows[start:stop]
+        exps = scratch.second[: stop - start].copy_(keep.values[where])
+        slope = coefficients.alpha[start:stop].unsqueeze(1)
+        if coefficients.beta is not None:
+            bits = torch.log2(exps, out=scratch.first[: stop - start]).clamp_(min=FLOOR)
+            beta = coefficients.beta[start:stop] * NATS_PER_BIT
+            slope = bits.mul_(beta.unsqueeze(1)).add_(slope)
+        out[start:stop] = exps.mul_(slope).to(out.dtype)
 
 
 def fill_gradient_torch(  # noqa: PLR0913

@@ -5,17 +5,23 @@ The plans differ only in when they ask for which step; the steps are here, once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import gemm
-from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
+from rollfuse.kernels.gradient import (
+    Targets,
+    row_coefficients,
+    row_gradient,
+    row_gradient_from_exponentials,
+)
 from rollfuse.kernels.head import Head
 from rollfuse.kernels.layout import Chunk, Layout
 from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
+    Exponentials,
     row_entropy,
     row_statistics,
     target_logp,
@@ -45,19 +51,20 @@ class Scored:
     entropy: Tensor  # (a,) nats, of each pair's row
 
 
-@dataclass(slots=True)
+def new_workspace(inputs: Inputs, chunk_rows: int) -> Tensor:
+    """(chunk_rows, V) room for the logits of a chunk."""
+    hidden, vocabulary = inputs.hidden, inputs.head.vocabulary
+    stride = gemm.row_stride(vocabulary, hidden.device)
+    dtype = compute_dtype(inputs.operand)
+    return hidden.new_empty((chunk_rows, stride), dtype=dtype)[:, :vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
 class HeadPass:
-    """Computes chunks of one `Inputs` in one workspace of `chunk_rows` rows of logits."""
+    """Computes chunks of one `Inputs` in a workspace, which holds logits, then their gradient."""
 
     inputs: Inputs
-    chunk_rows: int
-    workspace: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        hidden, vocabulary = self.inputs.hidden, self.inputs.head.vocabulary
-        stride = gemm.row_stride(vocabulary, hidden.device)
-        dtype = compute_dtype(self.inputs.operand)
-        self.workspace = hidden.new_empty((self.chunk_rows, stride), dtype=dtype)[:, :vocabulary]
+    workspace: Tensor  # (rows of the largest chunk, V)
 
     def hidden_rows(self, chunk: Chunk) -> Tensor:
         """(c, D) hidden rows of the chunk."""
@@ -66,53 +73,67 @@ class HeadPass:
             return self.inputs.hidden[chunk.start : chunk.stop]
         return self.inputs.hidden[rows[chunk.start : chunk.stop]]
 
-    def project(self, chunk: Chunk, x: Tensor) -> Tensor:
-        """(c, V) products h W' of the chunk, in the workspace."""
-        logits = self.workspace[: chunk.stop - chunk.start]
+    def project(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """(c, V) products h W' of hidden rows x (c, D), in the workspace or in `into`."""
+        logits = self.workspace[: len(x)] if into is None else into
         gemm.project(x, self.inputs.head.weight, self.inputs.operand, logits)
         return logits
 
-    def score(self, chunk: Chunk, logits: Tensor, stats: RowStatistics | None = None) -> Scored:
-        """Statistics (unless they are known) and log-probs and entropies of the chunk's pairs."""
-        inputs = self.inputs
-        transform = inputs.head.transform(
-            inputs.temperature[chunk.start : chunk.stop], logits.dtype
-        )
-        if stats is None:
-            stats = row_statistics(logits, transform)
-        slot = inputs.layout.slot[chunk.first : chunk.last] - chunk.start
-        column = inputs.targets[chunk.first : chunk.last]
+    def score(self, chunk: Chunk, logits: Tensor, keep: Exponentials | None = None) -> Scored:
+        """Statistics of the chunk, and log-probs and entropies of its pairs."""
+        inputs, transform = self.inputs, self._transform(chunk)
+        stats = row_statistics(logits, transform, keep=keep)
+        slot, column = self._places(chunk)
         pre, shifted = target_shift(logits, stats, transform, (slot, slot, column))
         logp = target_logp(stats, shifted, slot, column)
         targets = Targets(slot, column, pre, logp, inputs.layout.one_per_slot)
         return Scored(transform, stats, targets, row_entropy(stats)[slot])
 
+    def scored_before(
+        self, chunk: Chunk, stats: RowStatistics, pre: Tensor, logp: Tensor
+    ) -> Scored:
+        """What `score` found in an earlier pass: the layout's statistics (S,) and values (A,)."""
+        slot, column = self._places(chunk)
+        pairs = slice(chunk.first, chunk.last)
+        stats = stats.rows(chunk.start, chunk.stop)
+        one_per_slot = self.inputs.layout.one_per_slot
+        targets = Targets(slot, column, pre[pairs], logp[pairs], one_per_slot)
+        return Scored(self._transform(chunk), stats, targets, row_entropy(stats)[slot])
+
     def gradient(
-        self, logits: Tensor, scored: Scored, dlogp: Tensor, dentropy: Tensor | None
+        self,
+        source: Tensor | Exponentials,
+        scored: Scored,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(c, V) gradient of the products, in the workspace, and its scale (None: 1).
 
-        A float16 gradient is stored times a power of two that brings its largest entry near 2^10,
+        `source` are the chunk's logits, in the workspace or elsewhere, or its exponentials. A
+        float16 gradient is stored times a power of two that brings its largest entry near 2^10,
         because values below 6e-8 would vanish.
         """
         coefficients = row_coefficients(
             scored.stats, scored.transform, scored.targets, dlogp, dentropy
         )
-        dtype = gemm.gradient_dtype(logits.device, self.inputs.operand)
+        space = self.workspace[: len(scored.stats.top)]
+        dtype = gemm.gradient_dtype(space.device, self.inputs.operand)
         scale = None
         if dtype == torch.float16:
             largest = torch.maximum(coefficients.alpha.abs().max(), coefficients.value.abs().max())
             scale = torch.exp2(10.0 - torch.log2(largest.clamp_min(2.0**-40)).ceil())
-            coefficients = coefficients._replace(
-                alpha=coefficients.alpha * scale,
-                beta=None if coefficients.beta is None else coefficients.beta * scale,
-                value=coefficients.value * scale,
-            )
-        out = logits
-        if dtype != logits.dtype:
+            coefficients = coefficients.times(scale)
+        out = space
+        if dtype != space.dtype:
             # Each row's gradient takes the first bytes of the row's own logits.
-            out = logits.view(dtype)[:, : logits.shape[1]]
-        return row_gradient(logits, scored.transform, scored.stats, coefficients, out), scale
+            out = space.view(dtype)[:, : space.shape[1]]
+        if isinstance(source, Tensor):
+            row_gradient(source, scored.transform, scored.stats, coefficients, out)
+        else:
+            row_gradient_from_exponentials(
+                source, scored.transform, scored.stats, coefficients, out
+            )
+        return out, scale
 
     def project_gradient(self, dz: Tensor, scale: Tensor | None, out: Tensor) -> None:
         """out (c, D) = dz W / scale, in the wide dtype."""
@@ -120,15 +141,25 @@ class HeadPass:
         if scale is not None:
             out /= scale
 
+    def _transform(self, chunk: Chunk) -> Transform:
+        temperature = self.inputs.temperature[chunk.start : chunk.stop]
+        return self.inputs.head.transform(temperature, self.workspace.dtype)
+
+    def _places(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(slot in the chunk (a,), target (a,)) of the chunk's pairs."""
+        pairs = slice(chunk.first, chunk.last)
+        return self.inputs.layout.slot[pairs] - chunk.start, self.inputs.targets[pairs]
+
 
 class GradientSink:
-    """Collects dX, dW and dbias over the chunks of a pass, wide until they are handed over."""
+    """Collects dX, dW and dbias over the chunks of a pass, wide until they are handed over.
 
-    def __init__(self, run: HeadPass, needs: tuple[bool, bool, bool]) -> None:
-        self.run, self.inputs = run, run.inputs
-        inputs = run.inputs
-        wide = compute_dtype(inputs.operand)
-        hidden, weight, layout = inputs.hidden, inputs.head.weight, inputs.layout
+    `whole`: the chunks will cover every row of the hidden states exactly once.
+    """
+
+    def __init__(self, inputs: Inputs, needs: tuple[bool, bool, bool], *, whole: bool) -> None:
+        self.operand, self.wide = inputs.operand, compute_dtype(inputs.operand)
+        hidden, weight, bias = inputs.hidden, inputs.head.weight, inputs.head.bias
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
@@ -137,38 +168,38 @@ class GradientSink:
         if needs[0]:
             # float16 would lose small rows before the upstream factor (a loss scale) comes in,
             # and rows with several slots are summed: both wait in the wide dtype.
-            narrow = layout.unique_rows and hidden.dtype != torch.float16
-            whole = layout.rows is None
-            new = torch.empty_like if whole and layout.n_slots else torch.zeros_like
-            self.dhidden = new(hidden, dtype=hidden.dtype if narrow else wide)
+            narrow = inputs.layout.unique_rows and hidden.dtype != torch.float16
+            new = torch.empty_like if whole else torch.zeros_like
+            self.dhidden = new(hidden, dtype=hidden.dtype if narrow else self.wide)
         if needs[1]:
-            new = torch.empty_like if layout.n_slots else torch.zeros_like
-            self.dweight = new(weight, dtype=wide, memory_format=torch.contiguous_format)
-        if needs[2] and inputs.head.bias is not None:
-            self.dbias = torch.zeros_like(inputs.head.bias, dtype=wide)
+            layout = torch.contiguous_format
+            self.dweight = torch.empty_like(weight, dtype=self.wide, memory_format=layout)
+        if needs[2] and bias is not None:
+            self.dbias = torch.zeros_like(bias, dtype=self.wide)
 
-    def add(self, chunk: Chunk, dz: Tensor, x: Tensor, scale: Tensor | None = None) -> None:
-        """Add a chunk: dz (c, V), times `scale`, and its hidden rows x (c, D)."""
-        operand, wide = self.inputs.operand, compute_dtype(self.inputs.operand)
+    def add(self, run: HeadPass, chunk: Chunk, dz: Tensor, scale: Tensor | None = None) -> None:
+        """Add a chunk of `run`: the gradient dz (c, V), times `scale`, of its products."""
         if self.dhidden is not None:
-            self._add_hidden(chunk, dz, scale)
+            self._add_hidden(run, chunk, dz, scale)
         if self.dweight is not None:
             if scale is not None and self._scale is not None:
                 self.dweight.mul_(scale / self._scale)  # powers of two: exact
-            gemm.accumulate_weight_gradient(dz, x, operand, self.dweight, first=self._first)
+            x = run.hidden_rows(chunk)
+            gemm.accumulate_weight_gradient(dz, x, self.operand, self.dweight, first=self._first)
         if self.dbias is not None:
-            total = dz.sum(0, dtype=wide)
+            total = dz.sum(0, dtype=self.wide)
             self.dbias += total if scale is None else total / scale
         self._scale, self._first = scale, False
 
-    def _add_hidden(self, chunk: Chunk, dz: Tensor, scale: Tensor | None) -> None:
+    def _add_hidden(self, run: HeadPass, chunk: Chunk, dz: Tensor, scale: Tensor | None) -> None:
         assert self.dhidden is not None
-        rows, wide = self.inputs.layout.rows, compute_dtype(self.inputs.operand)
+        rows = run.inputs.layout.rows
         place = self.dhidden[chunk.start : chunk.stop] if rows is None else None
-        direct = place is not None and place.dtype == wide and scale is None
-        part = place if direct else dz.new_empty((dz.shape[0], self.dhidden.shape[1]), dtype=wide)
+        direct = place is not None and place.dtype == self.wide and scale is None
+        shape = (dz.shape[0], self.dhidden.shape[1])
+        part = place if direct else dz.new_empty(shape, dtype=self.wide)
         assert part is not None
-        self.run.project_gradient(dz, scale, part)
+        run.project_gradient(dz, scale, part)
         if place is not None:
             if not direct:
                 place.copy_(part)
@@ -179,8 +210,11 @@ class GradientSink:
 
     def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX, dW, dbias), without the scale of half-precision chunks."""
-        if self._scale is not None and self.dweight is not None:
-            self.dweight /= self._scale
+        if self.dweight is not None:
+            if self._first:
+                self.dweight.zero_()  # no chunk came
+            if self._scale is not None:
+                self.dweight /= self._scale
         return self.dhidden, self.dweight, self.dbias
 
 

@@ -52,6 +52,30 @@ class Layout:
                 first, last = int(self.starts[start]), int(self.starts[stop])
             yield Chunk(start, stop, first, last)
 
+    def part(self, keep: np.ndarray) -> LayoutPart:
+        """The slots where `keep` (S,) bool is true, as a layout of their own."""
+        device = self.slot.device
+        slots = np.flatnonzero(keep)
+        starts, pairs = None, slots
+        if self.starts is not None:
+            counts = np.diff(self.starts)[slots]
+            starts = np.append(0, counts.cumsum())
+            offset = np.arange(starts[-1]) - starts[:-1].repeat(counts)
+            pairs = self.starts[slots].repeat(counts) + offset
+        numbers = np.arange(len(slots))
+        new_slot = numbers if starts is None else numbers.repeat(np.diff(starts))
+        index = torch.from_numpy(slots).to(device, non_blocking=True)
+        layout = Layout(
+            len(slots),
+            len(pairs),
+            index if self.rows is None else self.rows[index],
+            self.unique_rows,
+            None,
+            torch.from_numpy(new_slot).to(device, non_blocking=True),
+            starts,
+        )
+        return LayoutPart(layout, index, torch.from_numpy(pairs).to(device, non_blocking=True))
+
     def pick(self, values: Tensor) -> Tensor:
         """(A,) values of the selected pairs from (P,) values."""
         return values if self.pairs is None else values[self.pairs]
@@ -70,6 +94,15 @@ class Layout:
             return values
         out = values.new_full((n_pairs,), fill)
         return out.index_copy_(0, self.pairs, values)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPart:
+    """Some slots of a layout, and where they and their pairs stand in it."""
+
+    layout: Layout  # S' slots, A' pairs
+    slots: Tensor  # (S',) int64
+    pairs: Tensor  # (A',) int64
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,24 @@
 """linear_logp_entropy: hidden states and the head in, log-probs and entropies out, any gradient.
 
-The (T, V) logits never exist: a chunk of rows is projected, reduced to statistics and forgotten. In
-the backward the chunk is projected again (plan `recompute`), or, under a head without gradient, the
-unit gradients d logp / d hidden made on the way are scaled (plan `unit`).
+The (T, V) logits need not exist: a chunk of rows is projected and reduced to statistics. For the
+backward the rows are held as far as there is room (plan `hold`), or projected again (`recompute`),
+or, under a head without gradient, the unit gradients d logp / d hidden are scaled (`unit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head, as_head, flatten_hidden, operand_dtype
-from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over
+from rollfuse.kernels.head_pass import Inputs
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.plan import Plan, PlanReport, Problem, choose
-from rollfuse.kernels.rows import RowStatistics, compute_dtype
+from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.two_phase import TwoPhase, logp_and_entropy
 
 
 class LogpEntropy(NamedTuple):
@@ -49,7 +48,7 @@ def linear_logp_entropy(  # noqa: PLR0913  (the signature is the published API)
         targets: (P,) int64, in [0, V).
         rows: (P,) int64, the row of each pair; None: pair p has row p, and P is R.
         temperature: > 0; one float, or (P,).
-        plan: `unit`, `recompute` or None; a byte budget.
+        plan: `unit`, `hold`, `recompute` or None; a byte budget.
 
     Returns:
         (logp, entropy), (P,) each, differentiable in hidden, weight and bias. A row that is -inf
@@ -85,106 +84,8 @@ def linear_over_layout(
     hidden: Tensor, head: Head, inputs: Inputs, report: PlanReport
 ) -> LogpEntropy:
     """(A,) values of a layout's pairs, in its order; two-phase plans only."""
-    call = _Call(inputs, report, needed_gradients(hidden, head))
-    apply = cast(Callable[..., tuple[Tensor, Tensor]], _LinearLogpEntropy.apply)
-    return LogpEntropy(*apply(hidden, head.weight, head.bias, call))
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    inputs: Inputs
-    report: PlanReport
-    needs: tuple[bool, bool, bool]
-
-
-class _LinearLogpEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logp, entropy, stats, unit = _forward(call)
-        # The inputs go through the graph's own store, which notices in-place changes and lets
-        # go of them after the backward.
-        ctx.save_for_backward(hidden, weight, bias, unit, *stats)
-        ctx.call = replace(call, inputs=replace(call.inputs, hidden=hidden.new_empty(0)))
-        ctx.set_materialize_grads(False)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> Any:
-        checks.refuse_second_derivative()
-        hidden, _, bias, unit, *stats = ctx.saved_tensors
-        call: _Call = replace(ctx.call, inputs=replace(ctx.call.inputs, hidden=hidden.detach()))
-        if dlogp is None:
-            dlogp = torch.zeros_like(stats[0]) if dentropy is None else torch.zeros_like(dentropy)
-        weight_dtype = call.inputs.head.weight.dtype
-        bias_dtype = weight_dtype if bias is None else bias.dtype
-        with torch.autocast(hidden.device.type, enabled=False):
-            if unit is not None and dentropy is None:
-                return _scale_unit(call, unit, dlogp), None, None, None
-            dx, dw, db = _recompute(call, RowStatistics(*stats), dlogp, dentropy)
-        return (
-            hand_over(dx, None, hidden.dtype),
-            hand_over(dw, None, weight_dtype),
-            hand_over(db, None, bias_dtype),
-            None,
-        )
-
-
-def _forward(call: _Call) -> tuple[Tensor, Tensor, RowStatistics, Tensor | None]:
-    """(logp (A,), entropy (A,), statistics, unit gradients (S, D) or None), in layout order."""
-    inputs = call.inputs
-    run = HeadPass(inputs, call.report.chunk_rows)
-    logps, entropies, stats = [], [], []
-    unit = None
-    if call.report.kind == "unit" and call.needs[0]:
-        unit = run.workspace.new_empty((inputs.layout.n_slots, inputs.head.width))
-    for chunk in inputs.layout.chunks(call.report.chunk_rows):
-        x = run.hidden_rows(chunk)
-        logits = run.project(chunk, x)
-        scored = run.score(chunk, logits)
-        logps.append(scored.targets.logp)
-        entropies.append(scored.entropy)
-        stats.append(scored.stats)
-        if unit is not None:
-            dz, scale = run.gradient(logits, scored, torch.ones_like(scored.entropy), None)
-            run.project_gradient(dz, scale, unit[chunk.start : chunk.stop])
-    empty = run.workspace.new_empty(0)
-    if not stats:
-        return empty, empty.clone(), RowStatistics(empty, empty.long(), empty, empty), unit
-    joined = RowStatistics(*(torch.cat(parts) for parts in zip(*stats, strict=True)))
-    return torch.cat(logps), torch.cat(entropies), joined, unit
-
-
-def _recompute(
-    call: _Call, stats: RowStatistics, dlogp: Tensor, dentropy: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias) by projecting every chunk again."""
-    inputs = call.inputs
-    run = HeadPass(inputs, call.report.chunk_rows)
-    sink = GradientSink(run, call.needs)
-    for chunk in inputs.layout.chunks(call.report.chunk_rows):
-        x = run.hidden_rows(chunk)
-        logits = run.project(chunk, x)
-        scored = run.score(chunk, logits, stats.rows(chunk.start, chunk.stop))
-        pairs = slice(chunk.first, chunk.last)
-        of_entropy = None if dentropy is None else dentropy[pairs]
-        dz, scale = run.gradient(logits, scored, dlogp[pairs], of_entropy)
-        sink.add(chunk, dz, x, scale)
-    return sink.collected()
-
-
-def _scale_unit(call: _Call, unit: Tensor, dlogp: Tensor) -> Tensor | None:
-    """dX (R, D) from unit gradients (S, D), one pair a slot."""
-    if not call.needs[0]:
-        return None
-    layout, hidden = call.inputs.layout, call.inputs.hidden
-    scaled = unit * dlogp.unsqueeze(1)
-    if layout.rows is None:
-        return scaled.to(hidden.dtype)
-    out = torch.zeros_like(hidden, dtype=scaled.dtype)
-    return out.index_add_(0, layout.rows, scaled).to(hidden.dtype)
+    call = TwoPhase(inputs, report, needed_gradients(hidden, head))
+    return LogpEntropy(*logp_and_entropy(hidden, head, call))
 
 
 def needed_gradients(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
@@ -232,7 +133,8 @@ def describe(
         needs_hidden=needs[0],
         needs_weight=needs[1] or needs[2],
         token_local=token_local,
-        transforms=head.bias is not None or head.softcap is not None,
+        bias=head.bias is not None,
+        softcap=head.softcap is not None,
     )
 
 

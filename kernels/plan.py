@@ -3,18 +3,24 @@
     plan       legal for                                      FLOPs        held until backward
     fused      token-local objectives                         6TDV (4TDV)  the gradients themselves
     unit       any objective, head without gradient           4TDV         (T, D) unit gradients
+    hold       any objective                                  6TDV (4TDV)  what logits come from
     recompute  any objective                                  8TDV (6TDV)  statistics
 
-T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. One chunk
-of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and returned gradients:
+T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. `hold` keeps
+the logits of as many rows as may be held, or under half operands their exponentials in bfloat16
+(relative to the row's maximum they lose 2^-9; rounded logits would lose that many nats), and
+recomputes the others. The two-phase plans leave rows whose derivatives are all 0 out of the
+gradients. One chunk of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and
+returned gradients:
 
     chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
 with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
 two buffers of 1 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
 most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
-accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`. Narrow
-weight gradients are made when the chunk is gone, so V D w is the least.
+accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`, and in
+`hold` V' w bytes (half operands: 2 V and the block maxima) a row held. Narrow weight gradients are
+made when the chunk is gone, so V D w is the least.
 """
 
 from __future__ import annotations
@@ -26,16 +32,19 @@ import torch
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.gemm import gradient_dtype, row_stride, slab_bytes
+from rollfuse.kernels.held import holds_logits, n_held_blocks
 from rollfuse.kernels.rows import compute_dtype
 from rollfuse.kernels.statistics import Scratch
 
-Kind = Literal["fused", "unit", "recompute"]
+Kind = Literal["fused", "unit", "hold", "recompute"]
 Dropped = Literal["skip", "score"]
 
 # Rows of a chunk where no budget is given. Products of fewer rows run below the BLAS's rate and
 # re-read the weight's gradient more often (measured on two cores: 256 rows cost 14 % more than
 # 512, 1024 cost 1 to 2 % less); more rows cost memory for nothing.
 _CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}
+# Bytes that may be held where no budget is given: what a machine of that kind can spare.
+_HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 # A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
 _LEAST_ROWS = 16
 
@@ -82,7 +91,8 @@ class Problem:
     needs_hidden: bool
     needs_weight: bool
     token_local: bool
-    transforms: bool  # the head has a bias or a softcap
+    bias: bool
+    softcap: bool
 
     @property
     def item(self) -> int:
@@ -94,8 +104,8 @@ class PlanReport:
     """What an op will do, or did.
 
     kind and reason; rows in a chunk and number of chunks; pairs, and those with a gradient; slots
-    (rows at one temperature) computed; bytes above inputs and returned gradients; FLOPs of the
-    products.
+    (rows at one temperature) computed, and those held until the backward; bytes above inputs and
+    returned gradients; FLOPs of the products, at most (a backward skips rows without derivatives).
     """
 
     kind: Kind
@@ -105,6 +115,7 @@ class PlanReport:
     pairs: int
     active_pairs: int
     slots: int
+    held_slots: int
     peak_bytes: int
     flops: int
 
@@ -131,6 +142,14 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     n_chunks = -(-problem.n_slots // rows)
     if n_chunks:
         rows = -(-problem.n_slots // n_chunks)
+    peak, held = fixed + rows * a_row, 0
+    if kind == "hold":
+        held = _holdable(problem, plan, room=peak)
+        peak += held * held_row_bytes(problem)
+        if not held and plan.kind is None:
+            kind, reason = "recompute", "no room to hold a row: logits are made twice"
+        elif held < problem.n_slots:
+            reason += f"; room for {held} of {problem.n_slots} rows, the others are made twice"
     return PlanReport(
         kind,
         reason,
@@ -139,9 +158,28 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
         problem.n_pairs,
         problem.n_active,
         problem.n_slots,
-        max(fixed + rows * a_row, handing_over),
-        _flops(problem, kind),
+        held,
+        max(peak, handing_over),
+        _flops(problem, kind, held),
     )
+
+
+def _holdable(problem: Problem, plan: Plan, *, room: int) -> int:
+    """Slots that can be held beside the `room` bytes the rest of the pass takes."""
+    if plan.budget_bytes is not None:
+        bound = plan.budget_bytes - room
+    elif plan.kind == "hold":
+        return problem.n_slots
+    else:
+        bound = _HELD_BYTES.get(problem.device.type, 1 << 30)
+    return max(0, min(problem.n_slots, bound // held_row_bytes(problem)))
+
+
+def held_row_bytes(problem: Problem) -> int:
+    """Bytes of a held row: its logits, or (half operands) bfloat16 exponentials and maxima."""
+    if holds_logits(problem.operand):
+        return problem.item * row_stride(problem.vocabulary, problem.device)
+    return 2 * problem.vocabulary + 4 * n_held_blocks(problem.vocabulary, problem.device)
 
 
 def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
@@ -155,13 +193,23 @@ def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
             "plan: 'unit' needs a head without gradient, got one that requires grad; "
             "use 'recompute' or 'fused'"
         )
+    half_softcap = problem.softcap and not holds_logits(problem.operand)
+    if requested == "hold" and half_softcap:
+        raise ValueError(
+            "plan: 'hold' needs logits whose derivative follows from their exponentials, got half "
+            "operands under a softcap; use 'recompute'"
+        )
     if requested is not None:
         return requested, "requested"
     if problem.token_local:
         return "fused", "the objective is token-local: gradients are made in the forward"
     if not problem.needs_weight and problem.needs_hidden:
         return "unit", "coupled derivatives and a head without gradient: unit gradients are held"
-    return "recompute", "derivatives are known only after all rows: logits are made twice"
+    if not problem.needs_weight:
+        return "recompute", "no gradient is needed: logits are made once"
+    if half_softcap:
+        return "recompute", "a softcap under half operands: logits are made twice"
+    return "hold", "derivatives are known only after all rows: what logits come from is held"
 
 
 def _row_bytes(problem: Problem) -> int:
@@ -181,7 +229,9 @@ def _fixed_bytes(problem: Problem, kind: Kind) -> int:
         total = 0 if same else weights * problem.operand.itemsize
     else:
         # Blocks serve the passes over logits, slabs the products: never both at once.
-        blocks = Scratch.n_bytes(problem.vocabulary, item, has_third=problem.transforms)
+        blocks = Scratch.n_bytes(
+            problem.vocabulary, item, has_third=problem.bias or problem.softcap
+        )
         slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
         total = max(blocks, slab)
     if problem.needs_weight:
@@ -201,10 +251,10 @@ def _handing_over_bytes(problem: Problem) -> int:
     return problem.vocabulary * problem.width * problem.item
 
 
-def _flops(problem: Problem, kind: Kind) -> int:
-    product = 2 * problem.n_slots * problem.width * problem.vocabulary
+def _flops(problem: Problem, kind: Kind, held: int) -> int:
+    product = 2 * problem.width * problem.vocabulary
     gradients = int(problem.needs_hidden) + int(problem.needs_weight)
-    if not gradients:
-        return product
-    again = int(kind == "recompute")
-    return product * (1 + again + gradients)
+    total = product * problem.n_slots * (1 + gradients)
+    if gradients and kind in ("hold", "recompute"):
+        total += product * (problem.n_slots - held)
+    return total

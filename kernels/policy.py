@@ -19,7 +19,13 @@ from rollfuse.kernels import checks
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.from_logits import flatten_logits, logp_entropy_over_layout
 from rollfuse.kernels.head import Head, as_head, flatten_hidden
-from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over
+from rollfuse.kernels.head_pass import (
+    GradientSink,
+    HeadPass,
+    Inputs,
+    hand_over,
+    new_workspace,
+)
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.linear import (
     LogpEntropy,
@@ -160,6 +166,7 @@ def policy_loss(
         pairs=len(batch),
         active_pairs=layout.n_pairs,
         slots=layout.n_slots,
+        held_slots=layout.n_slots,
         peak_bytes=0 if overwrite_logits else flat.nbytes,
         flops=0,
     )
@@ -328,14 +335,14 @@ def _fused_forward(
 ) -> tuple[Tensor, LogpEntropy, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """(loss (), (A,) values in layout order, (dX, dW, dbias) for an upstream of 1)."""
     layout = call.inputs.layout
-    run = HeadPass(call.inputs, call.report.chunk_rows)
-    sink = GradientSink(run, call.needs)
+    run = HeadPass(call.inputs, new_workspace(call.inputs, call.report.chunk_rows))
+    whole = layout.rows is None and layout.n_slots > 0
+    sink = GradientSink(call.inputs, call.needs, whole=whole)
     loss = run.workspace.new_zeros((), dtype=torch.float64)
     logp = run.workspace.new_empty(layout.n_pairs)
     entropy = torch.empty_like(logp)
     for chunk in layout.chunks(call.report.chunk_rows):
-        x = run.hidden_rows(chunk)
-        logits = run.project(chunk, x)
+        logits = run.project(run.hidden_rows(chunk))
         scored = run.score(chunk, logits)
         pairs = slice(chunk.first, chunk.last)
         logp[pairs], entropy[pairs] = scored.targets.logp, scored.entropy
@@ -346,5 +353,5 @@ def _fused_forward(
         loss += value.loss
         if any(call.needs):
             dz, scale = run.gradient(logits, scored, value.dlogp, value.dentropy)
-            sink.add(chunk, dz, x, scale)
+            sink.add(run, chunk, dz, scale)
     return loss.to(logp.dtype), LogpEntropy(logp, entropy), sink.collected()

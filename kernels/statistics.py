@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,17 +25,34 @@ NATS_PER_BIT = math.log(2.0)
 _GROUP = 64
 
 
+class Exponentials(NamedTuple):
+    """Where the statistics pass leaves exponentials for a later gradient.
+
+    Slot s is row rows[s] of them, or row s.
+    """
+
+    values: Tensor  # (S, V) bfloat16, exp(z - z of the block's maximum)
+    tops: Tensor  # (S, blocks) float32, largest pre(g) of each block; the PyTorch path has one
+    rows: Tensor | None = None  # int64
+
+
 def row_statistics(
-    logits: Tensor, transform: Transform, rows: Tensor | None = None
+    logits: Tensor,
+    transform: Transform,
+    rows: Tensor | None = None,
+    keep: Exponentials | None = None,
 ) -> RowStatistics:
     """Statistics of the slots of `logits` (R, V); slot s is row rows[s], or row s."""
     if use_triton(logits) and logits.dtype != torch.float64:
-        return row_statistics_triton(logits, transform, rows)
-    return row_statistics_torch(logits, transform, rows)
+        return row_statistics_triton(logits, transform, rows, keep)
+    return row_statistics_torch(logits, transform, rows, keep)
 
 
 def row_statistics_torch(
-    logits: Tensor, transform: Transform, rows: Tensor | None = None
+    logits: Tensor,
+    transform: Transform,
+    rows: Tensor | None = None,
+    keep: Exponentials | None = None,
 ) -> RowStatistics:
     n_slots, dtype = transform.factor.shape[0], compute_dtype(logits.dtype)
     stats = RowStatistics(
@@ -51,6 +69,9 @@ def row_statistics_torch(
         top = pre.gather(1, index.unsqueeze(1)).squeeze(1)
         bits = bits_from_top(pre, top, part, scratch.first)
         exps = torch.exp2(bits, out=scratch.second[: stop - start])
+        if keep is not None:
+            keep.values[start:stop] = exps
+            keep.tops[start:stop, 0] = top
         exps.scatter_(1, index.unsqueeze(1), 0.0)
         stats.top[start:stop] = top
         stats.top_column[start:stop] = index

@@ -21,9 +21,11 @@ def allocated_peak(run) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["fused", "recompute", "unit"])
+@pytest.mark.parametrize("kind", ["fused", "hold", "recompute", "unit"])
 @pytest.mark.parametrize("bias,softcap", [(False, None), (True, 30.0)])
 def test_peak_bytes_follow_the_formula(kind, dtype, bias, softcap):
+    if kind == "hold" and softcap is not None and dtype != torch.float32:
+        softcap = None  # refused, see test_policy.py
     frozen = "weight,bias" if kind == "unit" else ""
     problem = make_problem(
         n_rows=700, width=64, vocabulary=9000, dtype=dtype, bias=bias, softcap=softcap,
@@ -49,7 +51,7 @@ def test_the_kind_follows_from_what_is_declared():
         for p in (trainable, frozen)
         for objective in (smooth_local, coupled)
     ]
-    assert kinds == ["fused", "recompute", "fused", "unit"]
+    assert kinds == ["fused", "hold", "fused", "unit"]
     with torch.no_grad():
         report = explain(trainable.hidden, trainable.head, trainable.batch, smooth_local)
     assert report.flops == 2 * report.slots * 16 * 301

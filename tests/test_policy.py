@@ -52,6 +52,8 @@ def assert_matches(problem: Problem, objective, request: Plan, *, slack: float =
     half = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     # Rounding a result to bf16 alone costs up to 2^-9 of it, to fp16 2^-12.
     floor = {torch.bfloat16: 2e-3, torch.float16: 4e-4}.get(problem.hidden.dtype, 5e-7)
+    if half and request.kind == "hold":
+        floor = 2e-3  # the exponentials are held in bfloat16
     names = ["loss", "dhidden", "dweight", "dbias"]
     for name, ours, ref, true in zip(names, found, plain, truth, strict=False):
         assert ours.dtype == ref.dtype, name
@@ -76,6 +78,99 @@ def test_fused(dtype, softcap, n_pairs):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n_pairs", [None, 40])
+@pytest.mark.parametrize("objective", [coupled, without_entropy])
+def test_hold(dtype, n_pairs, objective, monkeypatch):
+    """All rows held, in chunks of odd size."""
+    monkeypatch.setitem(plan._CHUNK_ROWS, "cpu", 9)
+    problem = make_problem(dtype=dtype, n_pairs=n_pairs, vocabulary=4100, sharpness=2.0)
+    assert_matches(problem, objective, Plan("hold"), slack=HALF_SLACK)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n_pairs", [None, 60])
+def test_hold_what_fits_and_leave_out_what_has_no_derivative(dtype, n_pairs, monkeypatch):
+    """Some rows held, some recomputed, and of both those whose derivatives are 0 left out."""
+    monkeypatch.setitem(plan._CHUNK_ROWS, "cpu", 8)
+    problem = make_problem(n_rows=40, dtype=dtype, n_pairs=n_pairs, sharpness=2.0)
+    arguments = (problem.hidden, problem.head, problem.batch, top_entropy)
+    whole = explain(*arguments, Plan("hold"))
+    nothing = explain(*arguments, Plan("recompute"))
+    assert whole.held_slots == whole.slots
+    request = Plan("hold", (whole.peak_bytes + nothing.peak_bytes) // 2)
+    report = explain(*arguments, request)
+    assert 8 < report.held_slots < report.slots - 8 and report.peak_bytes <= request.budget_bytes
+    assert nothing.flops > report.flops > whole.flops
+    seen = rows_of_gradient_products(monkeypatch)
+    assert_matches(problem, top_entropy, request, slack=HALF_SLACK)
+    assert sum(seen) < 0.8 * report.slots
+
+
+def top_entropy(logp, entropy, batch):
+    """Coupled through the quantile; the pairs below it have no derivative."""
+    above = entropy.detach() >= entropy.detach().median()
+    return torch.where(above, smooth(logp, entropy, batch), 0.0)
+
+
+def rows_of_gradient_products(monkeypatch):
+    """The number of rows of every weight gradient's product, as they are made."""
+    seen, real = [], gemm.accumulate_weight_gradient
+
+    def counting(dz, *arguments, **options):
+        seen.append(len(dz))
+        return real(dz, *arguments, **options)
+
+    monkeypatch.setattr(gemm, "accumulate_weight_gradient", counting)
+    return seen
+
+
+def test_no_pair_with_a_derivative(monkeypatch):
+    """Every pair outside the objective's support: zero gradients, and no product made."""
+    problem = make_problem()
+    seen = rows_of_gradient_products(monkeypatch)
+    for kind in ("hold", "recompute"):
+        result = linear_policy_loss(
+            problem.hidden, problem.head, problem.batch,
+            lambda logp, entropy, batch: 0.0 * logp.detach() + (logp * 0.0), plan=Plan(kind),
+        )  # fmt: skip
+        for found in gradients(result.loss, problem):
+            assert not found.any()
+    assert seen == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_flat_rows_under_an_entropy_are_not_taken_from_exponentials(dtype):
+    """Logits of a deviation of 0.03 nats: bfloat16 exponentials would be off by several percent."""
+    problem = make_problem(dtype=dtype, sharpness=0.03, bias=False, scale=1.0)
+
+    def bonus(logp, entropy, batch):
+        return -entropy * (1.0 + 0.1 * entropy.detach().mean())
+
+    assert_matches(problem, bonus, Plan("hold"), slack=HALF_SLACK)
+
+
+def test_hold_serves_a_kept_graph_twice():
+    problem = make_problem()
+    result = linear_policy_loss(
+        problem.hidden, problem.head, problem.batch, coupled, plan=Plan("hold")
+    )
+    first = torch.autograd.grad(result.loss, problem.leaves, retain_graph=True)
+    second = torch.autograd.grad(result.loss, problem.leaves)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_hold_refuses_a_softcap_under_half_operands():
+    problem = make_problem(dtype=torch.bfloat16, softcap=20.0)
+    arguments = (problem.hidden, problem.head, problem.batch, coupled)
+    with pytest.raises(ValueError, match="half operands under a softcap"):
+        linear_policy_loss(*arguments, plan=Plan("hold"))
+    report = explain(*arguments)
+    assert report.kind == "recompute" and "softcap" in report.reason
+    assert_matches(make_problem(softcap=20.0), coupled, Plan("hold"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n_pairs", [None, 40])
 def test_recompute(dtype, n_pairs):
     problem = make_problem(dtype=dtype, n_pairs=n_pairs, softcap=20.0)
     assert_matches(problem, coupled, Plan("recompute"), slack=HALF_SLACK)
@@ -93,7 +188,7 @@ def test_unit(objective, n_pairs):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden,bias", "weight,bias"])
-@pytest.mark.parametrize("kind", ["fused", "recompute"])
+@pytest.mark.parametrize("kind", ["fused", "hold", "recompute"])
 def test_frozen_parts(frozen, kind):
     problem = make_problem(frozen=frozen)
     objective = smooth_local if kind == "fused" else coupled
@@ -123,7 +218,7 @@ def test_shapes_and_chunks(n_rows, vocabulary, monkeypatch):
 
 def test_float64_gradients_by_finite_differences():
     problem = make_problem(n_rows=5, width=3, vocabulary=7, dtype=torch.float64, softcap=4.0)
-    plans = [(smooth_local, Plan("fused")), (coupled, Plan("recompute"))]
+    plans = [(smooth_local, Plan("fused")), (coupled, Plan("recompute")), (coupled, Plan("hold"))]
     for objective, request in plans:
 
         def loss(hidden, weight, bias, objective=objective, plan=request):
@@ -337,6 +432,7 @@ def test_half_operands_as_on_a_gpu(dtype, monkeypatch):
     problem = make_problem(dtype=dtype, vocabulary=2500)
     assert_matches(problem, smooth_local, Plan("fused"), slack=HALF_SLACK)
     assert_matches(problem, coupled, Plan("recompute"), slack=HALF_SLACK)
+    assert_matches(problem, coupled, Plan("hold"), slack=HALF_SLACK)
 
 
 def test_mixed_and_autocast_dtypes():
@@ -385,7 +481,7 @@ def test_padded_hidden_is_flattened():
 def test_explain_is_what_runs():
     problem = make_problem(vocabulary=3000)
     for objective, request in itertools.product(
-        (smooth_local, coupled), (Plan(), Plan("recompute"))
+        (smooth_local, coupled), (Plan(), Plan("recompute"), Plan("hold"))
     ):
         report = explain(problem.hidden, problem.head, problem.batch, objective, request)
         result = linear_policy_loss(

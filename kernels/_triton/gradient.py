@@ -9,6 +9,7 @@ import triton.language as tl
 
 from rollfuse.kernels._triton.compile import CompileCase
 from rollfuse.kernels._triton.rows import (
+    FLOOR,
     LAUNCH,
     NUM_STAGES,
     launch_parameters,
@@ -51,6 +52,56 @@ def _gradient_kernel(
             # to load: the bytes written here belong to this block or to an earlier one.
             tl.debug_barrier()
         tl.store(out + cols, dz.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _from_exponentials_kernel(
+    exps, tops, rows, factor, top, alpha, beta,  # inputs
+    out,  # output
+    n_cols, stride_out,
+    HAS_ROWS: tl.constexpr, HAS_BETA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + slot) if HAS_ROWS else slot
+    exps += row * n_cols
+    tops += row * tl.cdiv(n_cols, BLOCK)
+    out += slot * stride_out
+    f = tl.load(factor + slot)
+    m = tl.load(top + slot)
+    a = tl.load(alpha + slot)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        e = tl.load(exps + cols, inside, other=0.0).to(tl.float32)
+        gap = shift(tl.load(tops + start // BLOCK), m, f)
+        slope = a
+        if HAS_BETA:
+            slope += tl.load(beta + slot) * (gap + tl.where(e > 0.0, tl.log(e), FLOOR))
+        dz = tl.exp(gap) * e * slope
+        tl.store(out + cols, dz.to(out.dtype.element_ty), inside)
+
+
+def fill_from_exponentials(
+    keep: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    transform: Transform,
+    stats: RowStatistics,
+    coefficients: RowCoefficients,
+    out: torch.Tensor,
+) -> None:
+    """`fill_gradient` of slots kept as exponentials (.., V) and block maxima, in some order."""
+    (exps, tops, rows), beta = keep, coefficients.beta
+    n_slots, n_cols = stats.top.shape[0], exps.shape[1]
+    if n_slots == 0:
+        return
+    block, num_warps = launch_parameters(n_cols)
+    with on_device_of(out):
+        _from_exponentials_kernel[(n_slots,)](
+            exps, tops, rows, transform.factor, stats.top, coefficients.alpha, beta,
+            out,
+            n_cols, out.stride(0),
+            HAS_ROWS=rows is not None, HAS_BETA=beta is not None, BLOCK=block,
+            num_warps=num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
 
 
 def fill_gradient(  # one launch: inputs, vectors, output, map
@@ -97,7 +148,33 @@ def compile_cases() -> list[CompileCase]:
                 flags = [bool(options & bit) for bit in (1, 2, 4, 8)]
                 covering = options in (0, 15) and (block, num_warps) == LAUNCH[-1]
                 cases.append(_case(pair, block, num_warps, flags, covering))
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block, num_warps in LAUNCH:
+            for options in range(4):
+                flags = [bool(options & bit) for bit in (1, 2)]
+                last = (block, num_warps) == LAUNCH[-1]
+                covering = last and dtype != "fp16" and options in (0, 3)
+                cases.append(_exponentials_case(dtype, block, num_warps, flags, covering))
     return cases
+
+
+def _exponentials_case(
+    dtype: str, block: int, num_warps: int, flags: list[bool], covering: bool
+) -> CompileCase:
+    has_rows, has_beta = flags
+    signature = {
+        "exps": "*bf16", "tops": "*fp32", "rows": "*i64", "factor": "*fp32", "top": "*fp32",
+        "alpha": "*fp32", "beta": "*fp32", "out": f"*{dtype}", "n_cols": "i32", "stride_out": "i32",
+    }  # fmt: skip
+    return CompileCase(
+        f"gradient of exponentials ->{dtype} block {block} rows {has_rows} entropy {has_beta}",
+        _from_exponentials_kernel,
+        signature,
+        {"HAS_ROWS": has_rows, "HAS_BETA": has_beta, "BLOCK": block},
+        num_warps,
+        NUM_STAGES,
+        covering,
+    )
 
 
 def _case(

@@ -12,6 +12,7 @@ from rollfuse.kernels._triton.rows import (
     launch_parameters,
     on_device_of,
     prepare,
+    shift,
 )
 from rollfuse.kernels.rows import RowStatistics, Transform
 
@@ -21,9 +22,10 @@ from rollfuse.kernels.rows import RowStatistics, Transform
 @triton.jit(do_not_specialize=["pre_scale"])
 def _statistics_kernel(
     logits, rows, factor, bias,  # inputs
-    top, index, rest, spread,  # outputs
+    top, index, rest, spread, exps, tops,  # outputs; the last two only under KEEP
     n_cols, stride_row, pre_scale,
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + slot) if HAS_ROWS else slot
@@ -39,9 +41,13 @@ def _statistics_kernel(
         inside = cols < n_cols
         g = tl.load(logits + cols, inside, other=-float("inf"))
         g = prepare(g, cols, inside, bias, pre_scale, HAS_BIAS, HAS_SOFTCAP)
-        m, m_col, others, centred, _ = join_block(
+        m, m_col, others, centred, block_top = join_block(
             m, m_col, others, centred, g, start, cols, lanes, f
         )
+        if KEEP:
+            e = tl.exp(shift(g, block_top, f))
+            tl.store(exps + slot * n_cols + cols, e.to(exps.dtype.element_ty), inside)
+            tl.store(tops + slot * tl.cdiv(n_cols, BLOCK) + start // BLOCK, block_top)
     tl.store(top + slot, m)
     tl.store(index + slot, m_col)
     tl.store(rest + slot, tl.sum(others))
@@ -49,8 +55,12 @@ def _statistics_kernel(
 
 
 def row_statistics(
-    logits: torch.Tensor, transform: Transform, rows: torch.Tensor | None
+    logits: torch.Tensor,
+    transform: Transform,
+    rows: torch.Tensor | None,
+    keep: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
 ) -> RowStatistics:
+    """`keep`: (S, V) bfloat16 and (S, blocks) float32, contiguous, for a later gradient."""
     n_slots, n_cols = transform.factor.shape[0], logits.shape[1]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -62,13 +72,14 @@ def row_statistics(
     if n_slots == 0:
         return stats
     block, num_warps = launch_parameters(n_cols)
+    exps, tops = (None, None) if keep is None else keep[:2]
     with on_device_of(logits):
         _statistics_kernel[(n_slots,)](
             logits, rows, transform.factor, transform.bias,
-            stats.top, stats.top_column, stats.rest, stats.spread,
+            stats.top, stats.top_column, stats.rest, stats.spread, exps, tops,
             n_cols, logits.stride(0), transform.pre_scale or 0.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None,
-            HAS_SOFTCAP=transform.pre_scale is not None, BLOCK=block,
+            HAS_SOFTCAP=transform.pre_scale is not None, KEEP=keep is not None, BLOCK=block,
             num_warps=num_warps, num_stages=NUM_STAGES,
         )  # fmt: skip
     return stats
@@ -79,24 +90,30 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for dtype in ("fp32", "bf16", "fp16"):
         for block, num_warps in LAUNCH:
-            for options in range(8):
-                flags = [bool(options & bit) for bit in (1, 2, 4)]
-                covering = options in (0, 7) and (block, num_warps) == LAUNCH[-1]
+            for options in range(16):
+                flags = [bool(options & bit) for bit in (1, 2, 4, 8)]
+                if flags[3] and (dtype != "fp32" or flags[0] or flags[2]):
+                    continue  # exponentials are kept of a workspace's rows, without a softcap
+                covering = options in (0, 7, 10) and (block, num_warps) == LAUNCH[-1]
                 cases.append(_case(dtype, block, num_warps, flags, covering))
     return cases
 
 
 def _case(dtype: str, block: int, num_warps: int, flags: list[bool], covering: bool) -> CompileCase:
-    has_rows, has_bias, has_softcap = flags
+    has_rows, has_bias, has_softcap, keep = flags
     signature = {
         "logits": f"*{dtype}", "rows": "*i64", "factor": "*fp32", "bias": "*fp32",
         "top": "*fp32", "index": "*i64", "rest": "*fp32", "spread": "*fp32",
-        "n_cols": "i32", "stride_row": "i32", "pre_scale": "fp32",
+        "exps": "*bf16", "tops": "*fp32", "n_cols": "i32", "stride_row": "i32", "pre_scale": "fp32",
     }  # fmt: skip
     constexprs: dict[str, object] = {
-        "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap, "BLOCK": block,
+        "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap, "KEEP": keep,
+        "BLOCK": block,
     }  # fmt: skip
-    name = f"statistics {dtype} block {block} rows {has_rows} bias {has_bias} softcap {has_softcap}"
+    name = (
+        f"statistics {dtype} block {block} rows {has_rows} bias {has_bias} softcap {has_softcap} "
+        f"keep {keep}"
+    )
     return CompileCase(
         name, _statistics_kernel, signature, constexprs, num_warps, NUM_STAGES, covering
     )

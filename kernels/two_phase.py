@@ -1,0 +1,231 @@
+"""Values first, gradients when their derivatives are known: plans `unit`, `hold` and `recompute`.
+
+The forward reduces every chunk of logits to statistics, log-probs and entropies. The backward is
+given the derivatives of all pairs. It takes the logits from where the plan left them, leaves out
+rows whose derivatives are all 0, and makes the gradients chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.head import Head
+from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over, new_workspace
+from rollfuse.kernels.held import new_held, too_flat
+from rollfuse.kernels.layout import Chunk, Layout
+from rollfuse.kernels.plan import PlanReport
+from rollfuse.kernels.rows import RowStatistics
+from rollfuse.kernels.statistics import Exponentials
+
+# Leaving rows out costs a copy of the others; below this share of all rows it is worth it.
+_WORTH_LEAVING_OUT = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class TwoPhase:
+    """A pass as it is planned."""
+
+    inputs: Inputs
+    report: PlanReport
+    needs: tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+
+
+def logp_and_entropy(hidden: Tensor, head: Head, call: TwoPhase) -> tuple[Tensor, Tensor]:
+    """(logp (A,), entropy (A,)) of the layout's pairs, differentiable in hidden and head."""
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _TwoPhaseFunction.apply)
+    return apply(hidden, head.weight, head.bias, call)
+
+
+class _Kept(NamedTuple):
+    """What the forward leaves for the backward."""
+
+    unit: Tensor | None  # (S, D) d logp / d hidden
+    held: Tensor | None  # (H, V), see `Held`
+    held_tops: Tensor | None
+    pre: Tensor  # (A,) pre(g) of the targets
+    logp: Tensor  # (A,)
+    top: Tensor  # (S,), as the three below: the row statistics
+    top_column: Tensor
+    rest: Tensor
+    spread: Tensor
+
+    @property
+    def stats(self) -> RowStatistics:
+        return RowStatistics(self.top, self.top_column, self.rest, self.spread)
+
+
+class _TwoPhaseFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: TwoPhase
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            entropy, kept = _forward(call)
+        # The inputs go through the graph's own store, which notices in-place changes and lets
+        # go of them after the backward.
+        ctx.save_for_backward(hidden, weight, bias, *kept)
+        ctx.call = replace(call, inputs=replace(call.inputs, hidden=hidden.new_empty(0)))
+        ctx.set_materialize_grads(False)
+        return kept.logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> Any:
+        checks.refuse_second_derivative()
+        hidden, _, bias, *saved = ctx.saved_tensors
+        kept = _Kept(*saved)
+        call: TwoPhase = replace(ctx.call, inputs=replace(ctx.call.inputs, hidden=hidden.detach()))
+        if dlogp is None:
+            dlogp = torch.zeros_like(kept.logp)
+        weight_dtype = call.inputs.head.weight.dtype
+        bias_dtype = weight_dtype if bias is None else bias.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            if kept.unit is not None and dentropy is None:
+                return _scale_unit(call, kept.unit, dlogp), None, None, None
+            dx, dw, db = _gradients(call, kept, dlogp, dentropy)
+        return (
+            hand_over(dx, None, hidden.dtype),
+            hand_over(dw, None, weight_dtype),
+            hand_over(db, None, bias_dtype),
+            None,
+        )
+
+
+def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
+    """(entropy (A,), what is kept), in layout order."""
+    inputs, report = call.inputs, call.report
+    layout, head = inputs.layout, inputs.head
+    run = HeadPass(inputs, new_workspace(inputs, report.chunk_rows))
+    unit, held = None, None
+    if report.kind == "unit" and call.needs[0]:
+        unit = run.workspace.new_empty((layout.n_slots, head.width))
+    n_held = _n_held(layout, report)
+    if n_held:
+        held = new_held(n_held, head.vocabulary, inputs.operand, run.workspace.device)
+    empty = run.workspace.new_empty(0)
+    parts = [(empty, empty, empty, RowStatistics(empty, empty.long(), empty, empty))]
+    for chunk in layout.chunks(report.chunk_rows):
+        into, keep = None, None
+        if held is not None and chunk.stop <= n_held:
+            keep = held.exponentials(chunk.start, chunk.stop)
+            into = held.values[chunk.start : chunk.stop] if keep is None else None
+        logits = run.project(run.hidden_rows(chunk), into)
+        scored = run.score(chunk, logits, keep)
+        parts.append((scored.targets.logp, scored.targets.pre, scored.entropy, scored.stats))
+        if unit is not None:
+            dz, scale = run.gradient(logits, scored, torch.ones_like(scored.entropy), None)
+            run.project_gradient(dz, scale, unit[chunk.start : chunk.stop])
+    logp, pre, entropy = (torch.cat([part[i] for part in parts]) for i in range(3))
+    stats = (torch.cat(values) for values in zip(*(part[3] for part in parts), strict=True))
+    values, tops = (None, None) if held is None else held
+    return entropy, _Kept(unit, values, tops, pre, logp, *stats)
+
+
+def _n_held(layout: Layout, report: PlanReport) -> int:
+    """The slots held: those of the chunks that the plan has room for, whole."""
+    stops = [chunk.stop for chunk in layout.chunks(report.chunk_rows)]
+    return max([stop for stop in stops if stop <= report.held_slots], default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Slots of a layout whose logits come from one source."""
+
+    layout: Layout  # theirs alone
+    slots: Tensor | slice  # where they stand in the whole layout
+    pairs: Tensor | slice
+    is_held: bool
+
+
+def _gradients(
+    call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dW, dbias) of all slots with a derivative."""
+    inputs, chunk_rows = call.inputs, call.report.chunk_rows
+    parts = list(_parts(call, kept, dlogp, dentropy))
+    whole = inputs.layout.rows is None and [part.layout for part in parts] == [inputs.layout]
+    sink = GradientSink(inputs, call.needs, whole=whole)
+    workspace = new_workspace(inputs, chunk_rows)
+    for part in parts:
+        run = HeadPass(_inputs_of(part, inputs), workspace)
+        stats = RowStatistics(*(values[part.slots] for values in kept.stats))
+        pre, logp, of_logp = kept.pre[part.pairs], kept.logp[part.pairs], dlogp[part.pairs]
+        of_entropy = None if dentropy is None else dentropy[part.pairs]
+        for chunk in part.layout.chunks(chunk_rows):
+            source = _held_source(kept, part, chunk, workspace) if part.is_held else None
+            if source is None:
+                source = run.project(run.hidden_rows(chunk))
+            scored = run.scored_before(chunk, stats, pre, logp)
+            pairs = slice(chunk.first, chunk.last)
+            entropy_part = None if of_entropy is None else of_entropy[pairs]
+            dz, scale = run.gradient(source, scored, of_logp[pairs], entropy_part)
+            sink.add(run, chunk, dz, scale)
+    return sink.collected()
+
+
+def _parts(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) -> Iterator[_Part]:
+    """The slots with a derivative: those held, then those whose logits are made again."""
+    layout = call.inputs.layout
+    has_derivative = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    of_slots = torch.zeros(layout.n_slots, dtype=torch.int32, device=dlogp.device)
+    of_slots.index_add_(0, layout.slot, has_derivative.int())
+    n_held = 0 if kept.held is None else len(kept.held)
+    is_held = torch.arange(layout.n_slots, device=dlogp.device) < n_held
+    if kept.held_tops is not None and dentropy is not None:
+        is_held &= ~too_flat(kept.stats, call.inputs.head.vocabulary)
+    # The one transfer of a backward.
+    wanted, held = torch.stack([of_slots != 0, is_held]).cpu().numpy()
+    if wanted.mean() > _WORTH_LEAVING_OUT:
+        wanted[:] = True
+    for chosen, from_held in ((wanted & held, True), (wanted & ~held, False)):
+        if chosen.all():
+            yield _Part(layout, slice(None), slice(None), from_held)
+        elif chosen.any():
+            part = layout.part(chosen)
+            first, last = chosen.nonzero()[0][[0, -1]].tolist()
+            in_a_row = last - first + 1 == part.layout.n_slots
+            slots = slice(first, last + 1) if in_a_row else part.slots
+            yield _Part(part.layout, slots, part.pairs, from_held)
+
+
+def _inputs_of(part: _Part, inputs: Inputs) -> Inputs:
+    return replace(
+        inputs,
+        layout=part.layout,
+        targets=inputs.targets[part.pairs],
+        temperature=inputs.temperature[part.slots],
+    )
+
+
+def _held_source(
+    kept: _Kept, part: _Part, chunk: Chunk, workspace: Tensor
+) -> Tensor | Exponentials:
+    """What the gradient of a chunk of held slots is made from."""
+    assert kept.held is not None
+    if isinstance(part.slots, slice):
+        first = part.slots.start or 0
+        where = slice(first + chunk.start, first + chunk.stop)
+        if kept.held_tops is None:
+            return kept.held[where]
+        return Exponentials(kept.held[where], kept.held_tops[where])
+    rows = part.slots[chunk.start : chunk.stop]
+    if kept.held_tops is not None:
+        return Exponentials(kept.held, kept.held_tops, rows)
+    return torch.index_select(kept.held, 0, rows, out=workspace[: len(rows)])
+
+
+def _scale_unit(call: TwoPhase, unit: Tensor, dlogp: Tensor) -> Tensor | None:
+    """dX (R, D) from unit gradients (S, D), one pair a slot."""
+    if not call.needs[0]:
+        return None
+    layout, hidden = call.inputs.layout, call.inputs.hidden
+    scaled = unit * dlogp.unsqueeze(1)
+    if layout.rows is None:
+        return scaled.to(hidden.dtype)
+    out = torch.zeros_like(hidden, dtype=scaled.dtype)
+    return out.index_add_(0, layout.rows, scaled).to(hidden.dtype)
