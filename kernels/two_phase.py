@@ -108,7 +108,8 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
     if n_held:
         held = new_held(n_held, head.vocabulary, inputs.operand, run.workspace.device)
     empty = run.workspace.new_empty(0)
-    parts = [(empty, empty, empty, RowStatistics(empty, empty.long(), empty, empty))]
+    # A first part without rows serves a layout without chunks.
+    values, stats = [(empty, empty, empty)], [RowStatistics(empty, empty.long(), empty, empty)]
     for chunk in layout.chunks(report.chunk_rows):
         into, keep = None, None
         if held is not None and chunk.stop <= n_held:
@@ -116,14 +117,15 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
             into = held.values[chunk.start : chunk.stop] if keep is None else None
         logits = run.project(run.hidden_rows(chunk), into)
         scored = run.score(chunk, logits, keep)
-        parts.append((scored.targets.logp, scored.targets.pre, scored.entropy, scored.stats))
+        values.append((scored.targets.logp, scored.targets.pre, scored.entropy))
+        stats.append(scored.stats)
         if unit is not None:
             dz, scale = run.gradient(logits, scored, torch.ones_like(scored.entropy), None)
             run.project_gradient(dz, scale, unit[chunk.start : chunk.stop])
-    logp, pre, entropy = (torch.cat([part[i] for part in parts]) for i in range(3))
-    stats = (torch.cat(values) for values in zip(*(part[3] for part in parts), strict=True))
-    values, tops = (None, None) if held is None else held
-    return entropy, _Kept(unit, values, tops, pre, logp, *stats)
+    logp, pre, entropy = (torch.cat(parts) for parts in zip(*values, strict=True))
+    joined = (torch.cat(parts) for parts in zip(*stats, strict=True))
+    rows, tops = (None, None) if held is None else held
+    return entropy, _Kept(unit, rows, tops, pre, logp, *joined)
 
 
 def _n_held(layout: Layout, report: PlanReport) -> int:
