@@ -103,11 +103,7 @@ class HeadPass:
         if dtype == torch.float16:
             largest = torch.maximum(coefficients.alpha.abs().max(), coefficients.value.abs().max())
             scale = torch.exp2(10.0 - torch.log2(largest.clamp_min(2.0**-40)).ceil())
-            coefficients = coefficients._replace(
-                alpha=coefficients.alpha * scale,
-                beta=None if coefficients.beta is None else coefficients.beta * scale,
-                value=coefficients.value * scale,
-            )
+            coefficients = coefficients.times(scale)
         out = logits
         if dtype != logits.dtype:
             # Each row's gradient takes the first bytes of the row's own logits.

@@ -25,7 +25,8 @@ class Transform(NamedTuple):
     pre_scale: float | None = None  # scale / softcap under a softcap
 
     def rows(self, start: int, stop: int) -> Transform:
-        return self._replace(factor=self.factor[start:stop])
+        # Written out: torch.compile of torch 2.11 cannot trace `_replace`.
+        return Transform(self.factor[start:stop], self.bias, self.pre_scale)
 
 
 class RowStatistics(NamedTuple):
@@ -53,3 +54,8 @@ class RowCoefficients(NamedTuple):
     slot: Tensor  # (P,) int64
     column: Tensor  # (P,) int64
     value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are
+
+    def times(self, scale: Tensor) -> RowCoefficients:
+        """Those of a gradient `scale` times as large."""
+        beta = None if self.beta is None else self.beta * scale
+        return RowCoefficients(self.alpha * scale, beta, self.slot, self.column, self.value * scale)
