@@ -74,7 +74,7 @@ def first_argmax(scores: Tensor) -> Tensor:
     in_groups = n_cols // _GROUP * _GROUP
     if in_groups < 2 * _GROUP:
         return scores.argmax(dim=1)
-    groups = scores[:, :in_groups].unflatten(1, (-1, _GROUP))  # (N, groups, 64)
+    groups = scores[:, :in_groups].view(n_rows, -1, _GROUP)
     group = groups.amax(2).argmax(1)
     members = groups[torch.arange(n_rows, device=scores.device), group]  # (N, 64)
     best, member = members.max(1)
