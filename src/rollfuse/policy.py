@@ -85,7 +85,7 @@ class Policy:
         return self.encode_all([problem], is_chat=is_chat)[0]
 
     def encode_all(self, problems: Sequence[Problem], *, is_chat: bool = False) -> list[list[int]]:
-        """`encode` of many prompts, in a fraction of the time."""
+        """`encode` of many prompts by one call of the tokenizer."""
         texts = [problem.prompt for problem in problems]
         has_template = is_chat and self.tokenizer.chat_template is not None
         if has_template:
