@@ -164,6 +164,10 @@ def test_an_existing_run_is_not_overwritten(
     message = said_error(["grpo", *SMALL, "--out", str(tmp_path)], capsys)
     assert "--out: need a path where nothing is yet, or --resume" in message
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    below = str(tmp_path / "notes.txt" / "run")
+    message = said_error(["grpo", *SMALL, "--out", below], capsys)
+    assert "--out: need a path below a directory" in message and "notes.txt is a file" in message
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "need a run directory" in said_error(["grpo", "--resume", str(tmp_path)], capsys)
     message = said_error(["grpo", "--resume", str(tmp_path), "--lr", "0.1"], capsys)
     assert "need no option beside it but --steps, got ['lr']" in message

@@ -130,8 +130,12 @@ class RunDirectory:
 
 
 def need_free(path: str | Path) -> None:
-    """Raise ValueError if there is something at `path` that a new run would mix with."""
+    """Raise ValueError if a new run cannot be made at `path`, or would mix with what is there."""
     path = Path(path)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    checks.need(os.access(there, os.W_OK), "--out", "a path that can be written", str(path))
+    below = there == path or there.is_dir()
+    checks.need(below, "--out", "a path below a directory", f"{path}, where {there} is a file")
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     need = "a path where nothing is yet, or --resume to go on with the run there"
     checks.need(free, "--out", need, str(path))
