@@ -64,9 +64,10 @@ def test_a_cuda_torch_gets_the_rivals(environment, monkeypatch):
 
 
 def test_the_pinned_torch_is_installed_otherwise(environment, monkeypatch):
-    package, triton = commands_of(environment, monkeypatch, None)
-    assert environment.PINNED_TORCH in package.split()
+    torch, triton, package = commands_of(environment, monkeypatch, None)
+    assert environment.PINNED_TORCH in torch.split()
     assert environment.PINNED_TRITON in triton
+    assert package.endswith("[bench,dev,rivals]")
 
 
 def test_a_torch_that_changed_under_way_is_an_error(environment, monkeypatch):
