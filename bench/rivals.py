@@ -285,8 +285,8 @@ def _liger_chunk(case: Case) -> float:
 
 
 def _liger_grpo_chunk(case: Case) -> float:
-    """All sequences at once, prompts included, and a second weight gradient."""
-    return 4.0 * (0.65 * case.tokens * case.vocab + case.vocab * case.hidden)
+    """4096 columns of all sequences, prompts included, and a second weight gradient."""
+    return 4.0 * (5 * case.tokens * min(4096, case.vocab) + case.vocab * case.hidden)
 
 
 _NO_ENTROPY = "no entropy: run without the bonus"
