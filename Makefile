@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := bench dev grpo
+EXTRAS := bench dev grpo rivals
 
 .PHONY: help demo test environment lint types tests interpreter portability format clean
 .NOTPARALLEL:

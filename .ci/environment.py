@@ -101,11 +101,15 @@ def _install(extras: list[str], own: Torch | None) -> None:
     constraints.write_text(f"torch=={own.version}\n" if own else f"{PINNED_TORCH}\n")
     pip = [_python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--constraint", constraints]
-    package = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    _run(*pip, *([] if own else [PINNED_TORCH]), "--editable", package)
-    # A ROCm torch brings triton under another name, which the package index must not cover up.
+    if own is None:
+        _run(*pip, PINNED_TORCH)
+    # Before the rivals, who would bring the newest.
     if "dev" in extras and _fails_to_import("triton"):
         _run(*pip, PINNED_TRITON)
+    if own is not None and own.hip is not None:
+        # They require triton by the name that would cover up the one a ROCm torch brings.
+        extras = [extra for extra in extras if extra != "rivals"]
+    _run(*pip, "--editable", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT))
     if own is not None and _probe(_python()) != own:
         raise SystemExit(f"need {own} in .venv, got {_probe(_python())}")
 

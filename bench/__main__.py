@@ -9,6 +9,7 @@ import sys
 # A module of this folder each, imported only when asked for: their rivals and plots are extras.
 COMMANDS = {
     "head": "the fused head against its rivals and the bare GEMMs",
+    "table": "stored results of head and gpu as tables",
     "loop": "the GRPO loop against TRL's trainer",
     "gpu": "check every kernel on this GPU, then benchmark, in one go",
     "portability": "every Triton kernel compiled for GPUs that are not here",

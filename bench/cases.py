@@ -65,6 +65,15 @@ class Case:
     def sequence_length(self) -> int:
         return self.tokens // N_SEQUENCES
 
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens of each sequence do not count."""
+        return self.sequence_length // 2 if self.variant == "masked" else 0
+
+    @property
+    def active_tokens(self) -> int:
+        return self.tokens - N_SEQUENCES * self.prompt_length
+
     def flops(self) -> int:
         """FLOPs of the GEMMs when every row counts: logits, dX and, with a trainable head, dW."""
         return (4 if self.frozen_head else 6) * self.tokens * self.hidden * self.vocab
@@ -78,10 +87,6 @@ class Case:
     def operand_bytes(self) -> int:
         """Bytes of the inputs and the returned gradients, which `peak` does not count."""
         return self.bytes()
-
-    def logits_bytes(self) -> int:
-        """Bytes of one float32 (T, V) tensor."""
-        return 4 * self.tokens * self.vocab
 
 
 HEADLINE = Case(2048, 1024, 32768)
@@ -144,8 +149,7 @@ def make_inputs(case: Case, device: torch.device, *, seed: int = 0) -> Inputs:
     logp_old = _logp(hidden, weight, targets) + steps[torch.arange(case.tokens) % 4]
     advantages = normal(N_SEQUENCES)
     mask = torch.ones(N_SEQUENCES, case.sequence_length, dtype=torch.bool, device=device)
-    if case.variant == "masked":
-        mask[:, : case.sequence_length // 2] = False
+    mask[:, : case.prompt_length] = False
     if case.variant == "zero_advantage":
         advantages[:N_ZERO_SEQUENCES] = 0.0
     flat = mask.reshape(-1)
@@ -190,16 +194,35 @@ class Outcome(NamedTuple):
 
 def truth(inputs: Inputs, objective: Objective, *, rows_at_once: int = 256) -> Outcome:
     """The same step in float64 on the same operands, by the plain formulas."""
-    hidden, weight = inputs.hidden.detach(), inputs.weight.detach().double()
+    return _by_formulas(inputs, objective, torch.float64, rows_at_once)
+
+
+def over_fp32_gemm(inputs: Inputs, objective: Objective, *, rows_at_once: int = 256) -> Outcome:
+    """The least error to be had with float32 GEMMs: all that lies between them is float64.
+
+    The operands are widened, which is exact. The logits' gradient is rounded to float32 for its two
+    products, and their results to the operands' dtype, as everybody's are.
+    """
+    found = _by_formulas(inputs, objective, torch.float32, rows_at_once)
+    dtype = inputs.case.torch_dtype
+    dweight = None if found.dweight is None else found.dweight.to(dtype)
+    return found._replace(dhidden=found.dhidden.to(dtype), dweight=dweight)
+
+
+def _by_formulas(
+    inputs: Inputs, objective: Objective, products: torch.dtype, rows_at_once: int
+) -> Outcome:
+    """The step with its three products in the dtype `products` and the rest in float64."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach().to(products)
     batch, active = inputs.batch, inputs.active
-    dhidden = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+    dhidden = torch.zeros_like(hidden, dtype=products)
     dweight = None if inputs.case.frozen_head else torch.zeros_like(weight)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     logps, entropies = [], []
     for start in range(0, len(active), rows_at_once):
         rows = active[start : start + rows_at_once]
-        h = hidden[rows].double()
-        log_p = torch.log_softmax(h @ weight.T, 1)  # (rows, V)
+        h = hidden[rows].to(products)
+        log_p = torch.log_softmax((h @ weight.T).double(), 1)  # (rows, V)
         p = log_p.exp()
         logp = log_p.gather(1, batch.targets[rows].unsqueeze(1)).squeeze(1)
         entropy = -(p * log_p).sum(1)
@@ -208,6 +231,7 @@ def truth(inputs: Inputs, objective: Objective, *, rows_at_once: int = 256) -> O
         dlogits[torch.arange(len(rows)), batch.targets[rows]] += part.dlogp
         if part.dentropy is not None:
             dlogits -= part.dentropy.unsqueeze(1) * p * (log_p + entropy.unsqueeze(1))
+        dlogits = dlogits.to(products)
         dhidden[rows] = dlogits @ weight
         if dweight is not None:
             dweight.addmm_(dlogits.T, h)

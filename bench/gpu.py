@@ -1,28 +1,78 @@
 """`python -m rollfuse.bench gpu`: check every kernel on this card, then benchmark, in one go.
 
-Nothing is measured if a check fails. The cases that matter most come first and the time limit cuts
-the rest, so that the whole run stays under it.
+Nothing is measured if a check fails. The cases that matter most come first. One that does not fit
+the card, or fails, costs only itself. At the time limit the case at work is cut off and the rest is
+left out; all that is done is on the disk by then.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from rollfuse import TokenBatch, grpo, policy_loss
 from rollfuse.bench import card, measure, report
 from rollfuse.bench.cases import Case, grid
+from rollfuse.bench.choice import first_line
 from rollfuse.bench.head import Settings, measure_case
 from rollfuse.bench.rivals import OURS, PROVIDERS
 
-_RESERVE = 60.0  # seconds a case may take at most; none is started with less left
+Found = TypeVar("Found")
+
+# Seconds that a case may take at most. Where nothing can cut a case off, none is started with less
+# time left.
+_RESERVE = 60.0
+
+
+class OutOfTime(BaseException):
+    """The time is over. Not an Exception: what guards against a rival's must let it through."""
+
+
+@contextmanager
+def time_limit(until: float) -> Iterator[None]:
+    """Raise OutOfTime in this block once `time.monotonic()` is past `until`.
+
+    It comes when the interpreter is next at work, so after a product or a compilation at most.
+    Without SIGALRM, or off the main thread, the block is refused where the reserve is not left.
+    """
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    left = until - time.monotonic()
+    if not _can_interrupt():
+        if left < _RESERVE:
+            raise OutOfTime
+        yield
+        return
+    if left <= 0.0:
+        raise OutOfTime
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again each second, in case it was raised where Python drops exceptions, as in a destructor.
+    signal.setitimer(signal.ITIMER_REAL, left, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _can_interrupt() -> bool:
+    main = threading.current_thread() is threading.main_thread()
+    return main and hasattr(signal, "setitimer")
 
 
 def cases() -> list[Case]:
@@ -39,7 +89,12 @@ def cases() -> list[Case]:
 
 
 def main(argv: list[str]) -> int:
-    """0: checked and measured. 1: a check failed. 2: there is no GPU, or torch cannot use it."""
+    """Check, then measure.
+
+    Returns:
+        0: checked, and measured as far as time and memory went. 1: a check failed or ran out of
+        time, or in a case our op was wrong or failed. 2: there is no GPU, or torch cannot use it.
+    """
     parser = argparse.ArgumentParser(prog="python -m rollfuse.bench gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=7.5, help="time limit (7.5)")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="result (gpu.json)")
@@ -52,56 +107,97 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    deadline = time.monotonic() + 60.0 * options.minutes
+    until = time.monotonic() + 60.0 * options.minutes
     device = torch.device("cuda", torch.cuda.current_device())
     facts = measure.provenance(f"python -m rollfuse.bench gpu {shlex.join(argv)}".strip(), device)
     print(report.heading(facts))
-    results = _check(device)
-    result: dict[str, object] = {**facts, "checks": [r._asdict() for r in results]}
-    failed = [r for r in results if r.problem is not None]
-    if failed:
-        print(f"{len(failed)} of {len(results)} checks failed: nothing is measured")
-    else:
-        _benchmark(device, deadline, result, options.json)
+    result: dict[str, object] = {**facts, "checks": []}
+    passed = _check(device, until, result)
     measure.write_json(options.json, result)
+    if passed:
+        _benchmark(device, until, result, options.json)
     print(f"wrote {options.json}")
-    return 1 if failed or result.get("wrong") else 0
+    return 0 if passed and not result["wrong"] else 1
 
 
-def _check(device: torch.device) -> list[card.Result]:
-    results = []
-    for found in card.run_checks(device):
-        print(f"{'ok  ' if found.problem is None else 'FAIL'} {found.name} {found.problem or ''}")
-        results.append(found)
-    return results
+def _check(device: torch.device, until: float, result: dict[str, object]) -> bool:
+    """Whether every check passed; `result` gets them."""
+    checks: list[card.Result] = []
+    ended = attempt(lambda: checks.extend(map(_shown, card.run_checks(device))), until)
+    if isinstance(ended, Unmeasured):
+        checks.append(_shown(card.Result("the checks that follow", ended.reason)))
+    result["checks"] = [check._asdict() for check in checks]
+    failed = [check for check in checks if check.problem is not None]
+    if failed:
+        print(f"{len(failed)} of {len(checks)} checks failed: nothing is measured")
+    return not failed
 
 
-def _benchmark(
-    device: torch.device, deadline: float, result: dict[str, object], path: Path
-) -> None:
-    """Measure until the deadline nears; what is done is on the disk after every case."""
-    rows: list[report.Row] = []
-    skipped: list[str] = []
-    result["from_logits"] = _from_logits(device)
-    print(f"policy_loss from logits: {result['from_logits']}")
+def _shown(check: card.Result) -> card.Result:
+    print("ok  " if check.problem is None else "FAIL", check.name, check.problem or "", flush=True)
+    return check
+
+
+class Unmeasured(NamedTuple):
+    """What became of a part that gave no numbers."""
+
+    reason: str
+    failed: bool  # neither time nor memory was short
+
+
+def attempt(work: Callable[[], Found], until: float) -> Found | Unmeasured:
+    """What `work` returns, or why it did not."""
+    try:
+        with time_limit(until):
+            return work()
+    except OutOfTime:
+        return Unmeasured("out of time", failed=False)
+    except torch.OutOfMemoryError as error:
+        return Unmeasured(f"out of memory: {first_line(error)}", failed=False)
+    except Exception as error:  # whatever it is, it must not cost the other cases; we exit with 1
+        return Unmeasured(f"failed: {first_line(error)}", failed=True)
+
+
+def _benchmark(device: torch.device, until: float, result: dict[str, object], path: Path) -> None:
+    """Measure until the time is over; what is done is on the disk after every case.
+
+    `result` gets the rows, what was not measured and why, and where our op was wrong or failed.
+    """
+    rows: list[dict[str, object]] = []
+    unmeasured: dict[str, str] = {}
+    wrong: list[str] = []
+    result.update(rows=rows, unmeasured=unmeasured, wrong=wrong)
+
+    def give_up(name: str, why: Unmeasured) -> None:
+        print(f"\n{name}: {why.reason}", flush=True)
+        unmeasured[name] = why.reason
+        if why.failed:
+            wrong.append(name)
+
+    speed = attempt(partial(_from_logits, device), until)
+    if isinstance(speed, Unmeasured):
+        give_up("policy_loss from logits", speed)
+    else:
+        result["from_logits"] = speed
+        print(f"policy_loss from logits: {speed}")
+    settings = Settings(device, repeats=15)
     for case in cases():
-        if time.monotonic() + _RESERVE > deadline:
-            skipped.append(case.name)
-            continue
-        measured = measure_case(case, PROVIDERS, Settings(device, repeats=15))
-        rows += measured
-        print(report.table(case, measured), flush=True)
-        result["rows"], result["skipped"] = [row.as_dict() for row in rows], skipped
-        measure.write_json(path, result)
         torch.cuda.empty_cache()
-    result["wrong"] = [
-        row.case.name for row in rows if row.provider == OURS.name and row.seconds is None
-    ]
-    if skipped:
-        print(f"out of time for {len(skipped)} cases: {', '.join(skipped)}")
+        found = attempt(partial(measure_case, case, PROVIDERS, settings), until)
+        if isinstance(found, Unmeasured):
+            give_up(case.name, found)
+        else:
+            print(report.table(case, found), flush=True)
+            rows += [row.as_dict() for row in found]
+            ours = next(row for row in found if row.provider == OURS.name)
+            if ours.status.startswith("wrong"):
+                wrong.append(case.name)
+        measure.write_json(path, result)
 
 
-def _from_logits(device: torch.device, tokens: int = 8192, vocab: int = 151936) -> object:
+def _from_logits(
+    device: torch.device, tokens: int = 8192, vocab: int = 151936
+) -> dict[str, object]:
     """Loss and in-place gradient from bfloat16 logits; beside it, one pass that rewrites them."""
     logits = torch.randn(tokens, vocab, device=device, dtype=torch.bfloat16).requires_grad_()
     batch = TokenBatch(

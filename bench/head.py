@@ -2,7 +2,8 @@
 
 Time is the median of interleaved repeats and, as a ratio, of repeats paired with the floor. Peak
 memory is what a step takes above its inputs and returned gradients. Errors are against float64 on
-the same operands. A provider whose result is wrong gets no numbers.
+the same operands; "x fp32 GEMM" is the gradients' error over that of a float64 softmax over float32
+GEMMs. A configuration that fails or is wrong is dropped; a provider without one gets no numbers.
 """
 
 from __future__ import annotations
@@ -26,19 +27,15 @@ from rollfuse.bench.cases import (
     VOCAB,
     Case,
     Inputs,
-    Outcome,
     grid,
     make_inputs,
-    truth,
     variants,
 )
+from rollfuse.bench.choice import Judge, choose, why_not
 from rollfuse.bench.floor import floor_steps
 from rollfuse.bench.peak import gradients_of, peak_in_own_process
 from rollfuse.bench.report import FLOOR, Row
-from rollfuse.bench.rivals import EAGER, OURS, PROVIDERS, Provider, Step
-
-# What a library may raise on a machine or a size it does not support.
-_RIVAL_ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
+from rollfuse.bench.rivals import EAGER, PROVIDERS, Provider, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,86 +53,53 @@ def measure_case(case: Case, providers: Sequence[Provider], settings: Settings) 
     device = settings.device
     inputs = make_inputs(case, device)
     rows = {p.name: Row(case, p.name, note=p.note) for p in providers}
-    steps: dict[str, Step] = {}
-    truths: dict[bool, Outcome] = {}
-    eager_errors = _eager_errors(inputs, truths, device)
-    for provider in providers:
-        row = rows[provider.name]
-        reason = provider.why_not(device) or _too_big(provider, case, device)
-        if reason is not None:
-            row.status = reason
-            continue
-        try:
-            checked = _checked_steps(provider, inputs, truths, row)
-            if checked:
-                row.configuration = measure.fastest(checked, device)
-                steps[provider.name] = checked[row.configuration]
-        except _RIVAL_ERRORS as error:
-            if provider is OURS:
-                raise
-            row.status = f"failed: {_first_line(error)}"
-        if row.errors is not None and eager_errors is not None:
-            row.errors_over_eager = check.in_units_of(row.errors, eager_errors)
-    truths.clear()  # float64 gradients: the largest tensors here
+    # The truths, the largest tensors here, are gone when this returns.
+    steps = _choose_all(inputs, providers, rows, device)
     floor_row = _time_all(case, rows, steps, settings)
-    if OURS.name in steps:
-        _explain(inputs, rows[OURS.name])
+    for provider in providers:
+        if provider.ours and provider.name in steps:
+            _explain(inputs, rows[provider.name])
     if settings.memory:
         _measure_peaks(case, rows, steps, device)
     return [floor_row, *rows.values()]
 
 
-def _eager_errors(
-    inputs: Inputs, truths: dict[bool, Outcome], device: torch.device
-) -> check.Errors | None:
-    """Errors of plain PyTorch in the same dtype: what an error is judged by."""
-    if _too_big(EAGER, inputs.case, device) is not None:
-        return None
-    step = next(iter(EAGER.steps(inputs).values()))
-    return check.errors(step(), _truth(EAGER, inputs, truths))
-
-
-def _truth(provider: Provider, inputs: Inputs, truths: dict[bool, Outcome]) -> Outcome:
-    with_entropy = provider.entropy_gradient
-    if with_entropy not in truths:
-        truths[with_entropy] = truth(inputs, provider.objective(inputs))
-    return truths[with_entropy]
-
-
-def _checked_steps(
-    provider: Provider, inputs: Inputs, truths: dict[bool, Outcome], row: Row
+def _choose_all(
+    inputs: Inputs, providers: Sequence[Provider], rows: dict[str, Row], device: torch.device
 ) -> dict[str, Step]:
-    """The provider's steps, or none (and a status) when one of them gives a wrong result."""
-    steps = provider.steps(inputs)
-    true = _truth(provider, inputs, truths)
-    for configuration, step in steps.items():
-        found = check.errors(step(), true)
-        complaint = check.complaint(found, inputs.case.dtype)
-        if complaint is not None:
-            row.status = f"wrong: {complaint} [{configuration}]"
-            row.errors = None
-            return {}
-        worst = row.errors or found
-        row.errors = {name: max(error, worst[name]) for name, error in found.items()}
+    """The step of each provider that is right; fills in errors, and why there is no step."""
+    judge = Judge(inputs)
+    steps: dict[str, Step] = {}
+    for provider in providers:
+        row = rows[provider.name]
+        choice = why_not(provider, inputs.case, device) or choose(provider, judge, device)
+        if isinstance(choice, str):
+            row.status = choice
+            continue
+        steps[provider.name] = choice.step
+        row.configuration = choice.configuration
+        row.errors, row.errors_over_gemm = choice.errors, choice.over_gemm
+        _add_note(row, choice.dropped and f"dropped: {choice.dropped}")
+    eager = rows[EAGER.name].errors if EAGER.name in rows else _eager_errors(judge, device)
+    for row in rows.values():
+        if row.errors is not None and eager is not None:
+            row.errors_over_eager = check.in_units_of(row.errors, eager)
     return steps
 
 
-def _too_big(provider: Provider, case: Case, device: torch.device) -> str | None:
-    free = measure.available_bytes(device)
-    # The float64 truth stays beside the step: two copies of weight and gradient.
-    held = case.vocab * case.hidden * 16 + case.tokens * case.hidden * 8
-    need = provider.needs_bytes(case) + held
-    if free is None or need <= 0.9 * free:
+def _eager_errors(judge: Judge, device: torch.device) -> check.Errors | None:
+    """Errors of plain PyTorch in the same dtype, where it is not measured itself."""
+    if why_not(EAGER, judge.inputs.case, device) is not None:
         return None
-    return f"skipped: needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} free"
+    step = next(iter(EAGER.steps(judge.inputs).values()))
+    return check.errors(step(), judge.truth(EAGER))
 
 
 def _time_all(case: Case, rows: dict[str, Row], steps: dict[str, Step], settings: Settings) -> Row:
     """Fill in times and ratios; returns the floor's row."""
     candidates = floor_steps(case, settings.device)
-    for candidate in candidates.values():
-        candidate()
-    chosen = measure.fastest(candidates, settings.device)
+    first = {name: measure.seconds(step, settings.device) for name, step in candidates.items()}
+    chosen = measure.fastest(candidates, first, settings.device)
     timed: dict[str, measure.Step] = {FLOOR: candidates[chosen], **steps}
     times = measure.interleave(timed, settings.repeats, settings.device)
     floor_row = Row(case, FLOOR, configuration=chosen)
@@ -162,14 +126,13 @@ def _measure_peaks(
             continue
         found = peak_in_own_process(case, name, row.configuration)
         if isinstance(found, str):
-            row.note = f"{row.note}; memory: {found}".lstrip("; ")
+            _add_note(row, f"memory: {found}")
         else:
             row.peak = found
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120]
+def _add_note(row: Row, text: str) -> None:
+    row.note = "; ".join(part for part in (row.note, text) if part)
 
 
 # -- command line ---------------------------------------------------------------------------
@@ -234,5 +197,5 @@ def main(argv: list[str]) -> int:
             measure.write_json(options.json, result)
     if options.plot is not None:
         plots.draw_head([row.as_dict() for row in rows], options.plot)
-    ours = [row for row in rows if row.provider == OURS.name]
-    return 1 if any(row.status.startswith("wrong") for row in ours) else 0
+    ours = {provider.name for provider in wanted if provider.ours}
+    return 1 if any(row.provider in ours and row.status.startswith("wrong") for row in rows) else 0

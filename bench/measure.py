@@ -13,11 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 Step = Callable[[], object]
+Result = TypeVar("Result")
 
+SLOW = 10.0  # seconds: a step that is not run more often than need be
+_NEAR = 1.2  # times the best: worth a second look
 _FLUSH_BYTES = 256 << 20  # more than any L2 cache
 
 
@@ -39,6 +43,11 @@ def spread(values: list[float]) -> Spread:
 
 def seconds(step: Step, device: torch.device) -> float:
     """Wall time of one call, the device's work included; its result is dropped afterwards."""
+    return timed(step, device)[1]
+
+
+def timed(step: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Result and wall time of one call, the device's work included."""
     if device.type == "cuda":
         # The caches start cold, as they do inside a training step.
         torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
@@ -47,9 +56,7 @@ def seconds(step: Step, device: torch.device) -> float:
     result = step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+    return result, time.perf_counter() - start
 
 
 def interleave(
@@ -73,18 +80,25 @@ def paired_ratio(times: list[float], floor: list[float]) -> Spread:
     return spread([t / f for t, f in zip(times, floor, strict=True)])
 
 
-def fastest(steps: Mapping[str, Step], device: torch.device) -> str:
-    """The name of the fastest step, each having run once before.
+def fastest(steps: Mapping[str, Step], first: Mapping[str, float], device: torch.device) -> str:
+    """The name of the fastest step.
 
-    One look at each; those within a fifth of the best get two more, and the medians decide.
+    Those slower than `SLOW` are judged by their first run alone, or a large case would take hours.
+    The others get a new look each, since a short first run says little; those within a fifth of
+    the best get two more, and the medians decide.
+
+    Args:
+        first: seconds of an earlier run of each, compilation apart.
     """
-    if len(steps) == 1:
-        return next(iter(steps))
-    first = interleave(steps, 1, device)
-    best = min(first.values())[0]
-    near = {name: step for name, step in steps.items() if first[name][0] <= 1.2 * best}
+    best = min(first.values())
+    left = {name: step for name, step in steps.items() if first[name] <= max(SLOW, _NEAR * best)}
+    if best >= SLOW or len(left) == 1:
+        return min(first, key=lambda name: first[name])
+    looks = interleave(left, 1, device)
+    best = min(looks.values())[0]
+    near = {name: step for name, step in left.items() if looks[name][0] <= _NEAR * best}
     more = interleave(near, 2, device) if len(near) > 1 else {name: [] for name in near}
-    return min(near, key=lambda name: statistics.median(first[name] + more[name]))
+    return min(near, key=lambda name: statistics.median(looks[name] + more[name]))
 
 
 # -- memory ---------------------------------------------------------------------------------

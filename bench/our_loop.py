@@ -67,14 +67,15 @@ def _observed(run: Run, race: Race, accuracy: Callable[[Any], float]) -> Iterato
 
     def graded(session: Any, problems: Sequence[Any], rollout: Any) -> torch.Tensor:
         rewards = grade(session, problems, rollout)
-        run.count(rewards.tolist(), race.samples)
+        prompts = [problems[group].prompt for group in rollout.prompt_index.tolist()]
+        run.count(prompts, rewards.tolist(), race.samples)
         return rewards
 
     def measure(session: Any, line: Any) -> None:
         """Called before each step and after the last."""
         step = session.progress.step
         if step == 0:
-            run.start(lambda: accuracy(session.policy.model))
+            run.start(session.policy.model, lambda: accuracy(session.policy.model))
         else:
             run.finish_step(step, race, lambda: accuracy(session.policy.model))
 

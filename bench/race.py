@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,14 +94,19 @@ class Run:
     groups: int = 0
     flat_groups: int = 0  # groups whose rewards are all equal
     rewards: list[float] = field(default_factory=list)  # mean reward of each step
+    prompts: list[list[str]] = field(default_factory=list)  # of each step, one a completion
+    warm: str = ""  # fingerprint of the weights before the first step
     points: list[dict[str, float]] = field(default_factory=list)
 
-    def start(self, accuracy: Callable[[], float]) -> None:
+    def start(self, model: torch.nn.Module, accuracy: Callable[[], float]) -> None:
+        """Note what the run starts from, and start the clock."""
+        self.warm = fingerprint(model)
         self._point(0, accuracy)
         self.clock.start()
 
-    def count(self, rewards: Sequence[float], samples: int) -> None:
-        """Note the rewards of one step, a group's samples side by side."""
+    def count(self, prompts: Sequence[str], rewards: Sequence[float], samples: int) -> None:
+        """Note prompts and rewards of one step, a group's samples side by side."""
+        self.prompts.append(list(prompts))
         self.completions += len(rewards)
         self.rewards.append(sum(rewards) / len(rewards))
         for start in range(0, len(rewards), samples):
@@ -133,6 +139,27 @@ class Run:
             "rewards": self.rewards,
             "points": self.points,
         }
+
+
+def need_same_race(one: Run, other: Run) -> None:
+    """Raise RuntimeError unless both started from the same weights and saw the same batches."""
+    if one.warm != other.warm:
+        raise RuntimeError(f"need one warm start for {one.name} and {other.name}, got two")
+    for step, (left, right) in enumerate(zip(one.prompts, other.prompts, strict=True), start=1):
+        if left != right:
+            raise RuntimeError(
+                f"step {step}: need the same prompts in the same order for {one.name} and "
+                f"{other.name}, got {left[:3]} ... and {right[:3]} ..."
+            )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of all weights by name: equal for bitwise equal models."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from rollfuse.bench.cases import Case
 from rollfuse.bench.check import Errors
@@ -13,7 +14,7 @@ FLOOR = "floor (GEMMs)"
 
 _HEADINGS = (
     "provider", "ms", "x floor", "20..80 %", "TFLOP/s", "peak MiB", "RSS MiB",
-    "dX error", "dW error", "x eager", "configuration or reason",
+    "dX error", "dW error", "x eager", "x fp32 GEMM", "configuration or reason",
 )  # fmt: skip
 
 
@@ -34,14 +35,26 @@ class Row:
     plan: str | None = None
     errors: Errors | None = None
     errors_over_eager: Errors | None = None
+    errors_over_gemm: Errors | None = None  # of a float64 softmax over fp32 GEMMs
 
     def as_dict(self) -> dict[str, object]:
         plain = asdict(self)
         plain["case"]["name"] = self.case.name
         return plain
 
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Row:
+        """The row that `as_dict` described; what older results do not tell is None."""
+        values = {field.name: plain[field.name] for field in fields(Row) if field.name in plain}
+        sizes = {key: value for key, value in plain["case"].items() if key != "name"}
+        values["case"] = Case(**sizes)
+        for name, kind in (("seconds", Spread), ("ratio", Spread), ("peak", Peak)):
+            if values[name] is not None:
+                values[name] = kind(**values[name])
+        return Row(**values)
 
-def heading(facts: dict[str, object]) -> str:
+
+def heading(facts: Mapping[str, object]) -> str:
     """The lines above the tables: device, versions, commit."""
     device, versions = facts["device"], facts["versions"]
     assert isinstance(device, dict) and isinstance(versions, dict)
@@ -69,7 +82,6 @@ def table(case: Case, rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     errors = row.errors or {}
-    multiples = [m for n, m in (row.errors_over_eager or {}).items() if n in ("dhidden", "dweight")]
     about = row.status if row.seconds is None else row.plan or row.configuration
     resident = row.peak.resident if row.peak is not None else None
     return (
@@ -82,6 +94,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{resident / 2**20:.1f}" if resident is not None else "-",
         f"{errors['dhidden']:.1e}" if row.seconds and "dhidden" in errors else "-",
         f"{errors['dweight']:.1e}" if row.seconds and "dweight" in errors else "-",
-        f"{max(multiples):.2f}" if row.seconds and multiples else "-",
+        _multiple(row, row.errors_over_eager),
+        _multiple(row, row.errors_over_gemm),
         f"{about}; {row.note}" if row.note else about,
     )
+
+
+def _multiple(row: Row, multiples: Errors | None) -> str:
+    """The worse gradient's."""
+    known = [m for name, m in (multiples or {}).items() if name in ("dhidden", "dweight")]
+    return f"{max(known):.2f}" if row.seconds and known else "-"

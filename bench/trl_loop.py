@@ -54,7 +54,7 @@ def train(
             callbacks=[Points()],
         )
         trainer.time_backward()
-        run.start(lambda: accuracy(model))
+        run.start(model, lambda: accuracy(model))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its metrics at the end
             trainer.train()
     return run
@@ -108,7 +108,7 @@ def _reward(tokenizer: Any, race: Race, run: Run) -> Callable[..., list[float]]:
             finished = bool(ids) and ids[-1] == end
             text = "".join(tokenizer.convert_ids_to_tokens(ids[:-1] if finished else ids))
             rewards.append(race.task.grade(Problem(prompt, wanted), text, finished))
-        run.count(rewards, race.samples)
+        run.count(prompts, rewards, race.samples)
         return rewards
 
     return exact

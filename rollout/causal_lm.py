@@ -27,7 +27,8 @@ def need_causal_lm(model: PreTrainedModel) -> None:
         raise TypeError(f"model: need a decoder-only model, got {name}, an encoder-decoder")
     if head() is None:
         raise TypeError(f"model: need a model with a language-model head, got {name} without one")
-    missing = {"input_ids", "attention_mask", "past_key_values"} - forward_arguments(model)
+    arguments = forward_arguments(model)
+    missing = {"input_ids", "attention_mask", cache_argument(arguments)} - arguments
     if missing:
         got = f"{name}, whose forward lacks {', '.join(sorted(missing))}"
         raise TypeError(f"model: need a causal language model with a key-value cache, got {got}")
@@ -42,6 +43,14 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 def forward_arguments(model: nn.Module) -> set[str]:
     """The arguments that the model's forward names; others may be swallowed unread."""
     return set(inspect.signature(model.forward).parameters)
+
+
+def cache_argument(arguments: set[str]) -> str:
+    """What a forward with these arguments calls its key-value cache.
+
+    `cache` since transformers 5.24, `past_key_values` before.
+    """
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

@@ -13,7 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rollfuse.rollout.causal_lm import embedding_weight, left_padded, need_filled, new_cache
+from rollfuse.rollout.causal_lm import (
+    cache_argument,
+    embedding_weight,
+    left_padded,
+    need_filled,
+    new_cache,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +34,7 @@ class DecodingBatch:
         self._model = model
         self._device = embedding_weight(model).device
         self._cache = new_cache(model)
+        self._cached = {cache_argument(arguments): self._cache, "use_cache": True}
         # The model's own forward makes the logits: it knows of its soft caps and scales.
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
         lengths = torch.tensor([len(text) for text in texts])
@@ -64,8 +71,7 @@ class DecodingBatch:
             }
         out = self._model(
             input_ids=ids.to(self._device, non_blocking=True),
-            past_key_values=self._cache,
-            use_cache=True,
+            **self._cached,
             **padding,
             **self._last,
         )

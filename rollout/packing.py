@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from rollfuse.kernels import checks
 from rollfuse.kernels.batch import Reduction, TokenBatch
 from rollfuse.rollout.causal_lm import (
+    cache_argument,
     embedding_weight,
+    forward_arguments,
     left_padded,
     need_causal_lm,
     need_filled,
@@ -315,8 +317,8 @@ def _decode(
     """Last hidden states (rows, length, D); a cache takes part in the graph and is extended."""
     out = decoder(
         input_ids=ids.to(device, non_blocking=True),
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{cache_argument(forward_arguments(decoder)): cache},
         **{name: value.to(device, non_blocking=True) for name, value in padding.items()},
     )
     hidden: Tensor = out.last_hidden_state

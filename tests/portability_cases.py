@@ -30,6 +30,17 @@ def transposed(X, Y, n, BLOCK: tl.constexpr):
     tl.store(Y + at, tl.trans(tl.load(X + at)))
 
 
+@triton.jit
+def pipelined_product(X, Y, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for i in range(n):
+        x = tl.load(X + at + i * BLOCK * BLOCK)
+        y = tl.load(X + at + (i + n) * BLOCK * BLOCK)
+        total += tl.dot(x, y, input_precision="ieee")
+    tl.store(Y + at, total)
+
+
 def _case(kernel, num_warps: int, *, covering: bool = True, **constexprs) -> CompileCase:
     types = {"X": "*fp32", "Y": "*fp32", "n": "i32"}
     return CompileCase(kernel.__name__, kernel, types, constexprs, num_warps, 1, covering)
@@ -42,7 +53,7 @@ def compile_cases() -> list[CompileCase]:
         _case(does_not_compile, 4, BLOCK=1024),
         _case(transposed, 1, BLOCK=128)._replace(name="spills_32_lanes"),
         _case(transposed, 2, BLOCK=256)._replace(name="spills_128_lanes"),
-        _case(transposed, 16, BLOCK=256)._replace(name="shared"),
+        _case(pipelined_product, 8, BLOCK=128)._replace(name="shared", num_stages=4),
         _case(square_product, 4, BLOCK=32, PRECISION="tf32")._replace(name="tf32"),
         _case(square_product, 4, BLOCK=32, PRECISION="ieee")._replace(name="ieee"),
     ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rollfuse.bench import loop
-from rollfuse.bench.race import Clock, Race, Run, exact_match
+from rollfuse.bench.race import Clock, Race, Run, exact_match, need_same_race
 from rollfuse.policy import SmallModel, character_tokenizer
 from rollfuse.rollout.tasks import Problem, Task, arithmetic_task, grade_exact
 
@@ -37,7 +37,7 @@ def test_a_phase_inside_another_is_counted_once() -> None:
 
 def test_a_run_counts_groups_without_spread() -> None:
     run = Run("x", Clock())
-    run.count([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], samples=2)
+    run.count(list("aabbcc"), [1.0, 1.0, 0.0, 1.0, 0.0, 0.0], samples=2)
     assert (run.completions, run.groups, run.flat_groups) == (6, 3, 2)
     assert run.rewards == [0.5]
 
@@ -45,7 +45,7 @@ def test_a_run_counts_groups_without_spread() -> None:
 def test_accuracy_is_measured_where_due_and_stops_the_clock(tmp_path) -> None:
     race = Race(arithmetic_task(), tmp_path, steps=5, measure_every=2)
     run = Run("x", Clock())
-    run.start(lambda: 0.0)
+    run.start(torch.nn.Linear(1, 1), lambda: 0.0)
     for step in range(1, 6):
         run.finish_step(step, race, lambda: _burn(0.02) or 0.5)
     assert [point["step"] for point in run.points] == [0, 2, 4, 5]
@@ -86,7 +86,7 @@ def test_summary_and_table() -> None:
     for name, seconds in (("rollfuse", 1.0), ("trl", 4.0)):
         run = Run(name, Clock())
         run.clock.total, run.clock.phases["generation"] = seconds, 0.25 * seconds
-        run.count([1.0, 0.0] * 500, samples=2)
+        run.count(["1+1="] * 1000, [1.0, 0.0] * 500, samples=2)
         run.points += [
             {"step": 0, "cpu_seconds": 0.0, "accuracy": 0.25},
             {"step": 9, "cpu_seconds": seconds, "accuracy": 0.75},
@@ -100,35 +100,50 @@ def test_summary_and_table() -> None:
     assert "rollfuse makes 4.00 x the completions of trl" in loop.table(found)
 
 
+def test_another_order_or_another_warm_start_is_no_race() -> None:
+    model = torch.nn.Linear(2, 2)
+    ours, trl, shuffled, colder = runs = [Run(name, Clock()) for name in ("a", "b", "c", "d")]
+    for run in runs:
+        if run is colder:
+            with torch.no_grad():
+                model.weight[0, 0] += 1e-6
+        run.start(model, lambda: 0.0)
+        run.clock.stop()
+        steps = ["xxyy", "zzww"] if run is not shuffled else ["xxyy", "wwzz"]
+        for prompts in steps:
+            run.count(list(prompts), [0.0] * 4, samples=2)
+    need_same_race(ours, trl)
+    with pytest.raises(RuntimeError, match="step 2: need the same prompts in the same order"):
+        need_same_race(ours, shuffled)
+    with pytest.raises(RuntimeError, match="need one warm start for a and d"):
+        need_same_race(ours, colder)
+
+
 def test_both_trainers_run_the_same_race(tmp_path, monkeypatch) -> None:
     for module in ("trl", "datasets"):
-        pytest.importorskip(module, reason=f"needs {module}")
-    monkeypatch.setattr(loop, "SmallModel", lambda: SmallModel(1, 16, 32, 2, 1))
-    seen: dict[str, list[Problem]] = {"ours": [], "trl": []}
-    draw = loop.draw_problems
-
-    def noted(who: str):
-        def drawn(train, start, config):
-            problems = draw(train, start, config)
-            seen[who] += problems
-            return problems
-
-        return drawn
-
-    monkeypatch.setattr(loop, "draw_problems", noted("trl"))
-    monkeypatch.setattr(loop.our_loop.loop, "draw_problems", noted("ours"))
+        pytest.importorskip(module, reason=f"needs {module}: the extra [rivals]")
+    monkeypatch.setattr(loop, "SHAPE", SmallModel(1, 16, 32, 2, 1))
+    # Before each seed's runs are compared: what each trainer graded, step by step.
+    raced: list[Run] = []
+    monkeypatch.setattr(loop, "need_same_race", lambda *runs: raced.extend(runs))
     threads, path = torch.get_num_threads(), tmp_path / "loop.json"
     try:
-        arguments = ["--steps", "2", "--seeds", "0", "--warm-steps", "2", "--json", str(path)]
+        arguments = ["--steps", "3", "--seeds", "0", "--warm-steps", "2", "--json", str(path)]
         assert loop.main([*arguments, "--plot", str(tmp_path / "loop.png")]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert seen["ours"] == seen["trl"] and len(seen["ours"]) == 64
+    mine, theirs = raced
+    assert (mine.name, theirs.name) == ("rollfuse", "trl")
+    assert [len(prompts) for prompts in mine.prompts] == [32 * 8] * 3
+    assert len({prompt for prompts in mine.prompts for prompt in prompts}) == 3 * 32
+    for step in range(3):
+        assert mine.prompts[step] == theirs.prompts[step], step
+    assert mine.warm == theirs.warm != ""
     result = json.loads(path.read_text())
     ours, trl = sorted(result["runs"], key=lambda run: run["name"])
     assert (ours["name"], trl["name"]) == ("rollfuse", "trl")
     for run in (ours, trl):
-        assert run["completions"] == 2 * 32 * 8
+        assert run["completions"] == 3 * 32 * 8
         assert set(run["cpu_seconds_by_phase"]) == {
             "generation",
             "loss forward",
@@ -137,7 +152,7 @@ def test_both_trainers_run_the_same_race(tmp_path, monkeypatch) -> None:
         }
         assert run["cpu_seconds_by_phase"]["generation"] > 0.0
         assert run["cpu_seconds_by_phase"]["rest"] >= 0.0
-        assert [point["step"] for point in run["points"]] == [0, 2]
+        assert [point["step"] for point in run["points"]] == [0, 3]
     # The same weights before the first step, measured by the same function.
     assert ours["points"][0]["accuracy"] == trl["points"][0]["accuracy"]
     assert trl["cpu_seconds_by_phase"]["backward"] > 0.0

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_qwen3
 
 import rollfuse
 from rollfuse import info as info_module
+from rollfuse import loop
 from rollfuse.__main__ import main
+from rollfuse.policy import Policy, character_tokenizer
 
 TWENTY = Path(__file__).parent / "data" / "gsm8k_twenty.jsonl"
 SMALL = (
@@ -92,11 +95,66 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         (["--model", "nowhere", "--data", "missing.jsonl"], "missing.jsonl"),
         (["--device", "abacus"], "--device: need"),
         (["--hidden", "18"], "hidden: need a multiple of"),
+        (["--model", str(tmp_path)], "model: need a directory with a config.json"),
+        (["--max-new-tokens", "255"], "need 1 to 1 tokens (the model's 256 pos"),
+        (["--heldout", "100000"], "heldout: need a number in [1, 100000)"),
+        (["--warm-lr", "2"], "warm_lr: need a number in [0, 1)"),
     ]
     for options, message in cases:
         given = ["grpo", *SMALL, *options, "--out", str(out)]
         assert message in said_error(given, capsys), options
         assert not out.exists(), options
+
+
+def test_options_that_do_not_parse_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["grpo", *options])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1
+        assert error.startswith("rollfuse: error: ") and message in error
+
+
+def test_a_model_without_room_for_a_question_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, whose standard error shows what transformers has to say too."""
+    tokenizer = character_tokenizer("".join(sorted(set(TWENTY.read_text()) | set("\n:"))))
+    tokenizer.model_max_length = 64
+    model = tiny_qwen3(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    Policy(model, tokenizer).save(tmp_path / "model")
+    options = f"--model {tmp_path}/model --data {TWENTY} --max-new-tokens 8 --out {tmp_path}/run"
+    done = run_without("nothing", f"grpo {options}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("rollfuse: error: prompt '")
+    assert "need 1 to 120 tokens (the model's 128 positions less --max-new" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_mid_training_shows_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(error: Exception) -> None:
+        def grade(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(loop, "_grade", grade)
+
+    for kind in (ValueError, TypeError, OSError, ImportError):
+        fails(kind("from the middle"))
+        with pytest.raises(kind, match="from the middle"):
+            main(["grpo", *SMALL, "--out", str(tmp_path / kind.__name__)])
+        assert (tmp_path / kind.__name__ / "checkpoints" / "step-000000").is_dir()
+    capsys.readouterr()
+    fails(FloatingPointError("not finite"))
+    assert main(["grpo", *SMALL, "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert said.err == "rollfuse: error: not finite\n"
+    assert "stopped after step 0; go on from step-000000" in said.out
 
 
 def test_an_existing_run_is_not_overwritten(
@@ -106,6 +164,10 @@ def test_an_existing_run_is_not_overwritten(
     message = said_error(["grpo", *SMALL, "--out", str(tmp_path)], capsys)
     assert "--out: need a path where nothing is yet, or --resume" in message
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    below = str(tmp_path / "notes.txt" / "run")
+    message = said_error(["grpo", *SMALL, "--out", below], capsys)
+    assert "--out: need a path below a directory" in message and "notes.txt is a file" in message
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "need a run directory" in said_error(["grpo", "--resume", str(tmp_path)], capsys)
     message = said_error(["grpo", "--resume", str(tmp_path), "--lr", "0.1"], capsys)
     assert "need no option beside it but --steps, got ['lr']" in message
@@ -153,6 +215,18 @@ def test_training_without_the_extra_names_it() -> None:
     assert done.stderr.count("\n") == 1
     assert "pip install rollfuse[grpo]" in done.stderr
     assert not Path("never-made").exists()
+
+
+def test_grading_text_without_math_verify_is_refused_at_the_start(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run_without("math_verify", f"grpo --model nowhere --data {TWENTY} --out {out}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "training needs math_verify: pip install rollfuse[grpo]" in done.stderr
+    assert not out.exists()
+    # The built-in tasks do without.
+    done = run_without("math_verify", f"grpo {' '.join(SMALL)} --out {out}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def commands_of(environment, monkeypatch, own) -> list[str]:
     )
     monkeypatch.setattr(environment, "_probe", lambda python: own)
     monkeypatch.setattr(environment, "_fails_to_import", lambda module: own is None)
-    environment._install(["bench", "dev"], own)
+    environment._install(["bench", "dev", "rivals"], own)
     return commands
 
 
@@ -54,12 +54,20 @@ def test_the_machines_torch_is_not_replaced(environment, monkeypatch):
     assert environment.PINNED_TORCH not in command
     assert "--constraint" in command
     assert (environment.VENV / "constraints.txt").read_text() == "torch==2.12.0+rocm7.1\n"
+    assert command.endswith("[bench,dev]")  # the rivals would bring another triton
+
+
+def test_a_cuda_torch_gets_the_rivals(environment, monkeypatch):
+    own = environment.Torch("2.12.0", "13.0", None, "torch/__init__.py")
+    (command,) = commands_of(environment, monkeypatch, own)
+    assert command.endswith("[bench,dev,rivals]")
 
 
 def test_the_pinned_torch_is_installed_otherwise(environment, monkeypatch):
-    package, triton = commands_of(environment, monkeypatch, None)
-    assert environment.PINNED_TORCH in package.split()
+    torch, triton, package = commands_of(environment, monkeypatch, None)
+    assert environment.PINNED_TORCH in torch.split()
     assert environment.PINNED_TRITON in triton
+    assert package.endswith("[bench,dev,rivals]")
 
 
 def test_a_torch_that_changed_under_way_is_an_error(environment, monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,9 @@ import torch
 from tiny_models import tiny_qwen3
 from torch import Tensor
 
+import rollfuse
 from rollfuse import loop, session, update
+from rollfuse.__main__ import main
 from rollfuse.config import Config
 from rollfuse.policy import Policy, SmallModel, character_tokenizer, load_policy, small_policy
 from rollfuse.rollout import tasks
@@ -28,7 +33,7 @@ from rollfuse.rollout.tasks import (
     questions_task,
     sort_task,
 )
-from rollfuse.run import checkpoints
+from rollfuse.run import RunDirectory, checkpoints
 from rollfuse.update import Minibatch, accumulate, clip_fraction, score
 
 TWENTY = Path(__file__).parent / "data" / "gsm8k_twenty.jsonl"
@@ -240,10 +245,146 @@ def test_an_interruption_loses_at_most_the_running_step(
     assert checkpoints(tmp_path / "cut")[-1].name == f"step-{done:06d}"
     assert (tmp_path / "cut" / "report.html").exists()
     loop.resume(tmp_path / "cut")
-    found = weights(tmp_path / "cut")
-    for key, value in weights(straight_run).items():
+    assert_same_run(straight_run, tmp_path / "cut")
+
+
+def fail_in(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, error: BaseException
+) -> None:
+    """Raise `error` instead of the `call`-th call of a function."""
+    original, count = getattr(owner, name), [0]
+
+    def failing(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        if count[0] == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    found = weights(other)
+    for key, value in weights(one).items():
         assert torch.equal(value, found[key]), key
-    assert timeless(straight_run) == timeless(tmp_path / "cut")
+    assert timeless(one) == timeless(other)
+
+
+@pytest.mark.parametrize(
+    ("failure", "done"),
+    [
+        ((loop, "_grade", 5, ImportError("no grader")), 4),
+        ((loop, "accumulate", 6, RuntimeError("out of memory")), 5),
+        ((loop, "_finite_gradient_norm", 2, FloatingPointError("nan")), 1),
+        ((loop, "heldout_accuracy", 2, ValueError("bad")), 3),
+        ((RunDirectory, "log_samples", 5, OSError("disk full")), 5),
+        ((RunDirectory, "save", 3, OSError("disk full")), 6),  # a second attempt has room
+    ],
+)
+def test_an_exception_loses_at_most_the_running_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    straight_run: Path,
+    failure: tuple[object, str, int, BaseException],
+    done: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_in(patch, *failure)
+        with pytest.raises(type(failure[-1])) as caught:
+            loop.train(TINY, tmp_path / "cut")
+    assert caught.value is failure[-1]
+    assert checkpoints(tmp_path / "cut")[-1].name == f"step-{done:06d}"
+    assert (tmp_path / "cut" / "report.html").exists()
+    said = f"stopped after step {done}; go on from step-{done:06d} with --resume"
+    assert said in capsys.readouterr().out
+    loop.resume(tmp_path / "cut")
+    assert_same_run(straight_run, tmp_path / "cut")
+
+
+def test_half_a_step_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(TINY, minibatches=2)
+    straight = loop.train(config, tmp_path / "straight")
+    for call, done, said in (
+        (9, 4, "stopped after step 4; go on from step-000004 with"),  # step 5, first half
+        (10, 3, "stopped inside step 5, when some of its updates were done; go on from step-0"),
+    ):
+        with monkeypatch.context() as patch:
+            fail_in(patch, loop, "accumulate", call, RuntimeError("out of memory"))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                loop.train(config, tmp_path / f"cut-{call}")
+        assert checkpoints(tmp_path / f"cut-{call}")[-1].name == f"step-{done:06d}"
+        assert said in capsys.readouterr().out
+        loop.resume(tmp_path / f"cut-{call}")
+        assert_same_run(straight, tmp_path / f"cut-{call}")
+
+
+def test_an_optimiser_that_dies_has_moved_some_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_in(patch, torch.optim.AdamW, "step", TINY.warm_steps + 2, RuntimeError("memory"))
+        with pytest.raises(RuntimeError, match="memory"):
+            loop.train(TINY, tmp_path / "cut")
+    assert [c.name for c in checkpoints(tmp_path / "cut")] == ["step-000000"]
+
+
+def test_a_failing_rescue_does_not_hide_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    error = FloatingPointError("nan")
+    fail_in(monkeypatch, loop, "accumulate", 3, error)
+    start = session.start
+
+    def started(config: Config, out: Path) -> session.Session:
+        found = start(config, out)
+        monkeypatch.setattr(RunDirectory, "save", full)
+        monkeypatch.setattr(RunDirectory, "close", full)
+        return found
+
+    monkeypatch.setattr(loop, "start", started)
+    with pytest.raises(FloatingPointError) as caught:
+        loop.train(TINY, tmp_path / "cut")
+    assert caught.value is error
+    said = capsys.readouterr().out
+    assert "stopped after step 2; then OSError: disk full; then OSError: disk full; go on" in said
+    assert "go on from step-000000 with --resume" in said
+
+
+def test_a_kill_that_cannot_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a checkpoint each step SIGKILL too costs the running step alone."""
+    options = (
+        "--heldout 8 --prompts-per-step 4 --group-size 4 --steps 200 --eval-every 100 "
+        "--checkpoint-every 1"
+    ).split()
+    # The child knows nothing of this module's task.
+    monkeypatch.setattr(session, "built_in_task", tasks.built_in_task)
+    run, log = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl"
+    command = [sys.executable, "-m", "rollfuse", "grpo", *options, "--out", str(run)]
+    root = str(Path(rollfuse.__file__).parents[1])
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    )
+    while not log.exists() or log.read_text().count('"reward"') < 5:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    whole, _, _ = log.read_text().rpartition("\n")
+    last = max(int(json.loads(line)["step"]) for line in whole.splitlines())
+    done = int(checkpoints(run)[-1].name.removeprefix("step-"))
+    assert 3 <= last - 1 <= done < 200
+    end = done + 2
+    assert main(["grpo", "--resume", str(run), "--steps", str(end)]) == 0
+    straight = tmp_path / "straight"
+    assert main(["grpo", *options, "--steps", str(end), "--out", str(straight)]) == 0
+    assert_same_run(straight, run)
+    assert max(m["active_sequences"] for m in timeless(run) if "loss" in m) > 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(
@@ -259,11 +400,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
             weight.grad = torch.full_like(weight, float("nan"))
         return found
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
-    with pytest.raises(FloatingPointError, match="step 2: need a finite loss and gradient"):
-        loop.train(replace(TINY, checkpoint_every=1), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate", poisoned)
+        with pytest.raises(FloatingPointError, match="step 2: need a finite loss and gradient"):
+            loop.train(TINY, tmp_path / "run")
     assert checkpoints(tmp_path / "run")[-1].name == "step-000001"
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    loop.train(replace(TINY, steps=1), tmp_path / "one")
+    found = weights(tmp_path / "one")
+    for key, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, found[key]), key
 
 
 def test_everything_promised_is_written(straight_run: Path) -> None:
@@ -413,6 +558,64 @@ def test_real_questions_go_through_a_full_step(
     records = timeless(run)
     assert records[1]["active_sequences"] > 0.5 and records[1]["sampler_trainer_diff"] < 1e-5
     assert not (run / "reference").exists()  # the model directory is the reference
+
+
+def questions_config(folder: Path, **changes: object) -> Config:
+    text_policy(folder, template=False)
+    values = dict(model=str(folder), data=str(TWENTY), steps=1, prompts_per_step=3, group_size=4)
+    return Config(**{**values, "threads": 1, **changes})
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    config = questions_config(tmp_path / "model", max_new_tokens=200)
+    task = questions_task(TWENTY)
+    longer = Problem("Long " * 200, "1")
+    # The first problem is not enough to look at, nor are the training problems.
+    problems = [*getattr(task, part), longer]
+    monkeypatch.setattr(session, "load_task", lambda _: replace(task, **{part: problems}))
+    with pytest.raises(ValueError) as caught:
+        session.start(config, tmp_path / "run")
+    n_tokens = len("Question: \nAnswer:") + 1000
+    assert str(caught.value) == (
+        f"prompt {'Long ' * 12!r}: need 1 to 824 tokens (the model's 1024 positions less "
+        f"--max-new-tokens = 200), got {n_tokens}"
+    )
+    assert not (tmp_path / "run").exists()
+    fits = [*getattr(task, part), Problem("x" * (824 - len("Question: \nAnswer:")), "1")]
+    monkeypatch.setattr(session, "load_task", lambda _: replace(task, **{part: fits}))
+    session.start(config, tmp_path / "run").run.close()
+
+
+def test_the_small_model_has_room_for_its_prompts_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"need 1 to 2 tokens \(the model's 256 positions less"):
+        session.start(replace(TINY, max_new_tokens=254), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    session.start(replace(TINY, max_new_tokens=252), tmp_path / "run").run.close()
+
+
+def test_a_token_outside_the_model_is_named(tmp_path: Path) -> None:
+    config = questions_config(tmp_path / "model")
+    policy = load_policy(tmp_path / "model")
+    policy.model.resize_token_embeddings(len(policy.tokenizer) - 8)
+    policy.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"prompt '.*: need ids below the model's vocabulary"):
+        session.start(replace(config, max_new_tokens=8), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_training_forward_refuses_it_refuses_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> Tensor:
+        raise TypeError("model: need another one")
+
+    monkeypatch.setattr(update, "hidden_rows", refuses)
+    with pytest.raises(TypeError, match="need another one"):
+        session.start(TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_questions_fit_the_reader() -> None:

@@ -126,6 +126,29 @@ def test_many_points_are_smoothed_and_gaps_left_out() -> None:
     assert "nan" not in line_chart([(0, 1.0), (1, float("nan")), (2, 2.0)], label="x")
 
 
+def labels(svg: str, axis: str) -> list[str | None]:
+    texts = ElementTree.fromstring(svg).iter("text")
+    return [text.text for text in texts if text.attrib["class"] == axis]
+
+
+def test_a_curve_at_its_bottom_shows_nothing_below() -> None:
+    flat = line_chart([(0, 0.0), (5, 0.0), (10, 0.0)], label="x", bottom=0.0)
+    assert labels(flat, "y")[0] == "0" and not any("-" in text for text in labels(flat, "y"))
+
+
+def test_charts_of_a_run_share_their_steps(tmp_path: Path) -> None:
+    short_one = line_chart([(1, 0.1), (41, 0.2)], label="x", until=60.0)
+    long_one = line_chart([(1, 0.1), (60, 0.2)], label="x", until=60.0)
+    assert labels(short_one, "x") == labels(long_one, "x") == ["0", "20", "40", "60"]
+    records = [{"step": step, "reward": 0.1} for step in range(1, 61)]
+    records[0]["kl"] = 0.0
+    records[40]["kl"] = 0.2
+    write_report(tmp_path / "r.html", Config(), records, [])
+    charts = re.findall(r"<svg.*?</svg>", (tmp_path / "r.html").read_text())
+    assert len(charts) == 2
+    assert labels(charts[0], "x") == labels(charts[1], "x")
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (0.013, 0.94), (-3, 7), (5, 5), (0, 0), (1e-8, 3e-8), (0, 12345)]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rollfuse.run import (
     RunDirectory,
     checkpoints,
     last_checkpoint,
+    last_state,
     restore,
 )
 
@@ -74,6 +76,40 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path) -> None:
     assert load_policy(run.path / "checkpoints" / "step-000002")
 
 
+def test_a_half_removed_checkpoint_is_never_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, optimizer = trained()
+    run = RunDirectory.create(tmp_path / "run", Config(keep_checkpoints=1))
+    run.save(policy, optimizer, Progress(step=1))
+    remove = shutil.rmtree
+
+    def dies(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(policy, optimizer, Progress(step=2))
+    assert [c.name for c in checkpoints(run.path)] == ["step-000002"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    policy, optimizer = trained()
+    run = RunDirectory.create(tmp_path / "run", Config())
+    folder = run.save(policy, optimizer, Progress(step=1))
+    for name in ("state.json", "optimizer.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:20])
+        with pytest.raises(ValueError, match="step-000001: need a checkpoint"):
+            restore(folder, optimizer)
+        (folder / name).write_bytes(whole)
+    assert restore(folder, optimizer) == Progress(step=1)
+
+
 def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
     policy, optimizer = trained()
     run = RunDirectory.create(tmp_path / "run", Config(keep_checkpoints=2))
@@ -94,8 +130,12 @@ def test_reopening_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         file.write('{"step": 6, "rew')  # the process died while writing
     run.close()
 
-    again = RunDirectory.reopen(run.path)
-    assert again.config == Config(steps=9)
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    config, checkpoint = last_state(run.path)
+    assert (config, checkpoint.name) == (Config(steps=9), "step-000003")
+    assert before == {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    again = RunDirectory.reopen(run.path, Config(steps=12))
+    assert Config.from_json(run.path / "config.json") == again.config == Config(steps=12)
     assert [m["step"] for m in again.records("metrics")] == [1, 2, 3]
     assert [s["step"] for s in again.records("samples")] == [1, 2, 3]
     again.log({"step": 4, "reward": 0.4})
@@ -119,10 +159,10 @@ def test_existing_directories_are_respected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--out: need a path where nothing is yet"):
         RunDirectory.create(tmp_path, Config())
     with pytest.raises(ValueError, match="--resume: need a run directory"):
-        RunDirectory.reopen(tmp_path)
+        last_state(tmp_path)
     RunDirectory.create(tmp_path / "run", Config()).close()
     with pytest.raises(ValueError, match="need a checkpoint"):
-        RunDirectory.reopen(tmp_path / "run")
+        last_state(tmp_path / "run")
 
 
 def test_the_config_survives_and_foreign_ones_are_refused(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def test_newlines_and_spaces_survive() -> None:
     assert tokenizer.decode(tokenizer.encode("a b\n  b")) == "a b\n  b"
 
 
-def test_the_default_model_is_the_one_of_two_digit_arithmetic() -> None:
-    policy = small_policy(arithmetic_task(), SmallModel(), seed=0)
+def test_the_model_has_the_shape_asked_for() -> None:
+    policy = small_policy(arithmetic_task(), SmallModel(4, 128, 512, 4, 2), seed=0)
     config = policy.model.config
     assert config.model_type == "qwen3"
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (4, 128, 512)
@@ -127,6 +127,10 @@ def test_questions_use_the_chat_template_if_there_is_one() -> None:
     )
     assert policy.decode(policy.encode(problem, is_chat=True)) == "<user>how many?<a>"
     assert policy.decode(policy.encode(problem)) == "how many?"
+    several = [problem, Problem("who?", "3")]
+    for is_chat in (False, True):
+        found = policy.encode_all(several, is_chat=is_chat)
+        assert found == [policy.encode(one, is_chat=is_chat) for one in several]
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rollfuse.config import LOSSES, Config
+
+if TYPE_CHECKING:
+    from rollfuse.session import Session
 
 _KINDS: dict[str, type] = {"int": int, "float": float, "str": str}
 # What the fields of Config mean, where the name does not say it all.
@@ -35,31 +38,31 @@ _HELP = {
     "shuffle_advantages": "control: advantages in random order teach nothing",
     "warm_problems": "solved problems shown before GRPO",
     "warm_steps": "supervised steps on them",
+    "checkpoint_every": "steps; a kill that cannot be caught goes back to the last checkpoint, "
+    "any other end of the run leaves one of its last finished step",
     "device": "cpu, cuda, cuda:1 (default: the backend's)",
     "threads": "CPU threads (default: 1 for the small model, as torch chooses with --model)",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
+    """Run a command; returns the exit code: 0, 1 (failed), 2 (wrong input), 130 (interrupted).
+
+    Only wrong input is one line. What fails in the middle of a training passes through.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         from rollfuse.bench.__main__ import main as bench
 
         return bench(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.command == "info":
+        _info(options.json)
+        return 0
     try:
-        if options.command == "info":
-            _info(options.json)
-        else:
-            _grpo(options)
+        return _grpo(options)
     except KeyboardInterrupt:
         return 130
-    except FloatingPointError as error:
-        return _failed(error, 1)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        return _failed(error, 2)
-    return 0
 
 
 def _failed(error: Exception, code: int) -> int:
@@ -74,27 +77,37 @@ def _info(as_json: bool) -> None:
     print(json.dumps(found, indent=2) if as_json else as_text(found))
 
 
-def _grpo(options: argparse.Namespace) -> None:
-    given = {k: v for k, v in vars(options).items() if k not in ("command", "out", "resume")}
-    if options.resume is not None:
-        changed = sorted(given.keys() - {"steps"})
-        changed += [] if options.out is None else ["out"]
-        if changed:
-            raise ValueError(f"--resume: need no option beside it but --steps, got {changed}")
-        from rollfuse.loop import resume
+def _grpo(options: argparse.Namespace) -> int:
+    try:
+        session = _session(options)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        return _failed(error, 2)
+    from rollfuse.loop import go_on
 
-        _quiet_transformers()
-        resume(options.resume, steps=given.get("steps"))
-        return
+    try:
+        go_on(session)
+    except FloatingPointError as error:
+        return _failed(error, 1)
+    return 0
+
+
+def _session(options: argparse.Namespace) -> Session:
+    """The training that the options ask for, new or reopened."""
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "out", "resume")}
+    changed = sorted(given.keys() - {"steps"})
+    changed += [] if options.out is None else ["out"]
+    if options.resume is not None and changed:
+        raise ValueError(f"--resume: need no option beside it but --steps, got {changed}")
     config = Config(**given)
     from rollfuse.policy import need_training_extra
 
     need_training_extra()
-    from rollfuse.loop import train
+    from rollfuse.session import reopen, start
 
     _quiet_transformers()
-
-    train(config, options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if options.resume is not None:
+        return reopen(options.resume, steps=given.get("steps"))
+    return start(config, options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _quiet_transformers() -> None:
@@ -104,8 +117,15 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of under a screen full of options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"rollfuse: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollfuse", description="Cheaper RL for language models.")
+    parser = _Parser(prog="rollfuse", description="Cheaper RL for language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="backend, versions, abilities, what is missing")
     info.add_argument("--json", action="store_true", help="for bug reports")

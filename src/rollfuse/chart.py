@@ -6,28 +6,35 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-_WIDTH, _HEIGHT = 380, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 26
-# Raw points are drawn faint behind their running mean where there are more than this.
-_SMOOTH_FROM = 60
+# About the width of a column of the page, so that text has the size it says.
+_WIDTH, _HEIGHT = 280, 170
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 10, 26
+# Fewer points than this are marked one by one; more are drawn faint behind their running mean.
+_SMOOTH_FROM = 30
 
 Point = tuple[float, float]
 
 
-def line_chart(points: Sequence[Point], *, label: str, bottom: float | None = None) -> str:
+def line_chart(
+    points: Sequence[Point], *, label: str, bottom: float | None = None, until: float = 0.0
+) -> str:
     """An SVG of (x, y) points, or a note where there are none.
 
     Args:
         points: in the order of x; points with a y that is not finite are left out.
         label: what is shown, for screen readers.
         bottom: where the y axis starts; None lets it follow the data.
+        until: how far the x axis reaches at least, so that charts of one run can be compared.
     """
     shown = [(x, y) for x, y in points if math.isfinite(y)]
     if not shown:
         return '<p class="none">not measured in this run</p>'
-    x_ticks = ticks(shown[0][0], shown[-1][0])
-    lows = [y for _, y in shown] if bottom is None else [bottom]
-    y_ticks = ticks(min(lows), max(y for _, y in shown))
+    x_ticks = ticks(shown[0][0], max(shown[-1][0], until))
+    low, high = min(y for _, y in shown), max(y for _, y in shown)
+    if bottom is not None:
+        # Nothing but the bottom itself: an axis around it would show what cannot be.
+        low, high = bottom, high if high > bottom else bottom + 1.0
+    y_ticks = ticks(low, high)
     x_span, y_span = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
     parts = [_grid(x_ticks, y_ticks, x_span, y_span)]
     if len(shown) > _SMOOTH_FROM:

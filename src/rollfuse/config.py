@@ -62,7 +62,7 @@ class Config:
     shuffle_advantages: bool = False  # a control: nothing can be learned from shuffled advantages
 
     eval_every: int = 25  # steps
-    checkpoint_every: int = 50
+    checkpoint_every: int = 50  # steps; how far back SIGKILL throws a run
     sample_every: int = 25
     keep_checkpoints: int = 2
     threads: int | None = None  # None: 1 for the small model, as torch chooses for --model

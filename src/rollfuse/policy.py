@@ -27,13 +27,13 @@ _MAX_POSITIONS = 256
 
 @dataclass(frozen=True, slots=True)
 class SmallModel:
-    """The shape of a Qwen3 with tied embeddings; the defaults are about a million parameters."""
+    """The shape of a Qwen3 with tied embeddings."""
 
-    layers: int = 4
-    hidden: int = 128
-    intermediate: int = 512
-    heads: int = 4
-    kv_heads: int = 2
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "intermediate", "heads", "kv_heads"):
@@ -48,10 +48,10 @@ class SmallModel:
 class WarmStart:
     """Supervised training on a few solved problems; the units are problems, steps, problems."""
 
-    problems: int = 90
-    steps: int = 70
-    batch_size: int = 64
-    lr: float = 1e-3
+    problems: int
+    steps: int
+    batch_size: int
+    lr: float
 
     def __post_init__(self) -> None:
         checks.need(self.steps >= 0, "warm_steps", "0 or more", self.steps)
@@ -82,15 +82,22 @@ class Policy:
 
     def encode(self, problem: Problem, *, is_chat: bool = False) -> list[int]:
         """Token ids of the prompt; a chat question goes through the template if there is one."""
-        if is_chat and self.tokenizer.chat_template is not None:
-            message = [{"role": "user", "content": problem.prompt}]
-            text = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False
+        return self.encode_all([problem], is_chat=is_chat)[0]
+
+    def encode_all(self, problems: Sequence[Problem], *, is_chat: bool = False) -> list[list[int]]:
+        """`encode` of many prompts by one call of the tokenizer."""
+        texts = [problem.prompt for problem in problems]
+        has_template = is_chat and self.tokenizer.chat_template is not None
+        if has_template:
+            messages = [[{"role": "user", "content": text}] for text in texts]
+            texts = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
             )
-            # The template writes the special tokens itself.
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
-        prompt = f"Question: {problem.prompt}\nAnswer:" if is_chat else problem.prompt
-        return list(self.tokenizer.encode(prompt))
+        elif is_chat:
+            texts = [f"Question: {text}\nAnswer:" for text in texts]
+        # The template writes the special tokens itself. How long a prompt may be is our check.
+        encoded = self.tokenizer(texts, add_special_tokens=not has_template, verbose=False)
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without its special tokens."""
@@ -106,9 +113,14 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def need_training_extra() -> None:
-    """Raise ImportError naming the extra if what training needs beyond torch is not installed."""
-    wanted = ("transformers", "safetensors", "rich", "tensorboard")
+def need_training_extra(*, is_text: bool = False) -> None:
+    """Raise ImportError naming the extra if what training needs beyond torch is not installed.
+
+    Args:
+        is_text: whether answers are free text, which only math-verify can grade.
+    """
+    wanted = ["transformers", "safetensors", "rich", "tensorboard"]
+    wanted += ["math_verify"] if is_text else []
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install rollfuse[grpo]")

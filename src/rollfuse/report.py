@@ -20,14 +20,14 @@ Record = Mapping[str, Any]
 
 # metric, heading, unit or explanation, where the y axis starts
 CURVES: tuple[tuple[str, str, str, float | None], ...] = (
-    ("heldout_accuracy", "Held-out accuracy", "greedy exact match, share of problems", 0.0),
-    ("reward", "Reward", "mean over the step's responses", 0.0),
+    ("heldout_accuracy", "Held-out accuracy", "share of problems, greedily", 0.0),
+    ("reward", "Reward", "mean of the step's responses", 0.0),
     ("entropy", "Entropy", "nats per sampled token", 0.0),
-    ("kl", "KL to the starting policy", "nats per token, k3 estimate", 0.0),
+    ("kl", "KL to the start", "nats per token, k3 estimate", 0.0),
     ("length", "Response length", "tokens, end token included", 0.0),
-    ("clip_fraction", "Clip fraction", "share of trained tokens outside the band", 0.0),
+    ("clip_fraction", "Clip fraction", "share of trained tokens clipped", 0.0),
     ("sampler_trainer_diff", "Sampler - trainer", "mean |log-prob difference|, nats", 0.0),
-    ("tokens_per_second", "Throughput", "sampled tokens per second of the whole step", 0.0),
+    ("tokens_per_second", "Throughput", "sampled tokens per second of a step", 0.0),
 )
 
 
@@ -48,8 +48,11 @@ def write_report(
             _summary(metrics),
             '<section class="charts">',
             *(_chart(metrics, *curve) for curve in CURVES),
-            "</section><h2>Responses</h2>",
-            '<p class="hint">A token is the darker, the less likely the policy thought it.</p>',
+            '</section><p class="hint">Across: GRPO steps. The faint line is every step, the '
+            "strong one its running mean; the number is the last one measured.</p>",
+            "<h2>Responses</h2>",
+            '<p class="hint">Reward, length, text. The stronger a token is marked, the less likely '
+            "the policy thought it; point at it for its probability.</p>",
             _samples(samples),
             "<h2>Configuration</h2>",
             _config(config),
@@ -82,10 +85,11 @@ def _chart(
     metrics: Sequence[Record], name: str, title: str, unit: str, bottom: float | None
 ) -> str:
     points = [(float(m["step"]), float(m[name])) for m in metrics if name in m]
+    until = float(metrics[-1]["step"]) if metrics else 0.0
     last = next((short(y) for _, y in reversed(points) if math.isfinite(y)), "")
     return (
         f"<figure><figcaption><b>{title}</b><span>{last}</span><small>{unit}</small></figcaption>"
-        f"{line_chart(points, label=title, bottom=bottom)}</figure>"
+        f"{line_chart(points, label=title, bottom=bottom, until=until)}</figure>"
     )
 
 
@@ -153,13 +157,15 @@ h1 { font-size:26px; margin:0 0 16px } h2 { font-size:19px; margin:40px 0 8px }
   border-radius:10px }
 .tiles div { padding:10px 18px; min-width:150px } dt { color:var(--soft); font-size:13px }
 dd { margin:0; font-size:22px; font-variant-numeric:tabular-nums }
-.charts { display:grid; grid-template-columns:repeat(auto-fill, minmax(280px, 1fr)); gap:12px }
-figure { margin:0; padding:12px 12px 6px }
+.charts { display:grid; grid-template-columns:repeat(auto-fill, minmax(264px, 1fr)); gap:12px }
+figure { margin:0; padding:12px 12px 6px; display:flex; flex-direction:column;
+  justify-content:space-between }
 figcaption { display:grid; grid-template-columns:1fr auto; padding:0 4px 4px }
 figcaption span { font-variant-numeric:tabular-nums; color:var(--line); font-weight:600 }
+figcaption small { grid-column:1 / -1 }
 figcaption small, .hint, .answer, .n, .none { color:var(--soft) }
 svg { width:100%; height:auto; display:block }
-svg text { fill:var(--soft); font:11px system-ui, sans-serif; font-variant-numeric:tabular-nums }
+svg text { fill:var(--soft); font:12px system-ui, sans-serif; font-variant-numeric:tabular-nums }
 svg .y { text-anchor:end } svg .x { text-anchor:middle } .grid { stroke:var(--rule) }
 .curve, .raw { fill:none; stroke:var(--line); stroke-width:2; stroke-linejoin:round }
 .raw { stroke-width:1; opacity:.3 } .dot, .last { fill:var(--line) } .none { padding:24px 4px }

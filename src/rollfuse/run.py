@@ -9,6 +9,7 @@
 
 A checkpoint is written beside its final name and renamed when it is on the disk, so a directory
 called `step-...` is always whole. Lines written after it by a run that died are cut on resuming.
+What a checkpoint costs, and what is lost without one, is said in rollfuse.loop.
 """
 
 from __future__ import annotations
@@ -65,32 +66,23 @@ class RunDirectory:
         path = Path(path)
         need_free(path)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(config.to_json() + "\n", "utf-8")
+        _replace_text(path / "config.json", config.to_json() + "\n")
         return cls(path, config, first_step=0)
 
     @classmethod
-    def reopen(cls, path: str | Path) -> RunDirectory:
+    def reopen(cls, path: str | Path, config: Config) -> RunDirectory:
         """The directory of an earlier run, its records cut back to the last checkpoint.
 
-        Raises:
-            ValueError: it holds no run, or no checkpoint to go on from.
+        Args:
+            config: what the run goes on with; replaces the one in the directory.
         """
         path = Path(path)
-        good = (path / "config.json").is_file()
-        checks.need(good, "--resume", "a run directory with a config.json", str(path))
-        config = Config.from_json(path / "config.json")
-        latest = last_checkpoint(path)
-        if latest is None:
-            raise ValueError(f"--resume: need a checkpoint in {path}, got none; start it anew")
+        _, latest = last_state(path)
         step = int(latest.name.removeprefix("step-"))
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_until(path / name, step)
+        _replace_text(path / "config.json", config.to_json() + "\n")
         return cls(path, config, first_step=step + 1)
-
-    def reconfigure(self, config: Config) -> None:
-        """Replace the config, in the directory as well."""
-        self.config = config
-        (self.path / "config.json").write_text(config.to_json() + "\n", "utf-8")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append the metrics of step `metrics["step"]`."""
@@ -130,7 +122,7 @@ class RunDirectory:
         partial.rename(final)
         _sync(folder)
         for old in checkpoints(self.path)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+            _drop(old)
         return final
 
     def close(self) -> None:
@@ -138,8 +130,12 @@ class RunDirectory:
 
 
 def need_free(path: str | Path) -> None:
-    """Raise ValueError if there is something at `path` that a new run would mix with."""
+    """Raise ValueError if a new run cannot be made at `path`, or would mix with what is there."""
     path = Path(path)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    checks.need(os.access(there, os.W_OK), "--out", "a path that can be written", str(path))
+    below = there == path or there.is_dir()
+    checks.need(below, "--out", "a path below a directory", f"{path}, where {there} is a file")
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     need = "a path where nothing is yet, or --resume to go on with the run there"
     checks.need(free, "--out", need, str(path))
@@ -155,11 +151,40 @@ def last_checkpoint(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def last_state(path: str | Path) -> tuple[Config, Path]:
+    """Config and last checkpoint of the run in `path`; changes nothing there.
+
+    Raises:
+        ValueError: it holds no run, or no checkpoint to go on from.
+    """
+    path = Path(path)
+    good = (path / "config.json").is_file()
+    checks.need(good, "--resume", "a run directory with a config.json", str(path))
+    config = Config.from_json(path / "config.json")
+    latest = last_checkpoint(path)
+    if latest is None:
+        raise ValueError(f"--resume: need a checkpoint in {path}, got none; start it anew")
+    return config, latest
+
+
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint's optimiser state and random state back; returns its counters.
 
     The weights are read by `load_policy(checkpoint)`.
+
+    Raises:
+        ValueError: a file of the checkpoint is damaged.
     """
+    from safetensors import SafetensorError
+
+    try:
+        return _restore(checkpoint, optimizer)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        need = "a checkpoint as this version writes it"
+        raise ValueError(f"{checkpoint}: need {need}, got one with {error!r}") from error
+
+
+def _restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
     from safetensors.torch import load_file
 
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))
@@ -249,9 +274,22 @@ def _record(line: str) -> dict[str, Any] | None:
 
 def _keep_until(path: Path, step: int) -> None:
     kept = [record for record in _lines(path) if record["step"] <= step]
+    _replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill in between leaves the old one."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+    partial.write_text(text, "utf-8")
     partial.replace(path)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves nothing that looks like one."""
+    dying = checkpoint.with_name(f".partial-{checkpoint.name}")
+    shutil.rmtree(dying, ignore_errors=True)
+    checkpoint.rename(dying)
+    shutil.rmtree(dying)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,125 @@
+"""A provider's fastest correct configuration on a case, and the errors it has there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch._dynamo.utils import counters
+
+from rollfuse.bench import check, measure
+from rollfuse.bench.cases import Case, Inputs, Outcome, over_fp32_gemm, truth
+from rollfuse.bench.rivals import Provider, Step
+
+
+class Choice(NamedTuple):
+    """The configuration that counts."""
+
+    configuration: str
+    step: Step
+    errors: check.Errors
+    over_gemm: check.Errors  # as multiples of those of `cases.over_fp32_gemm`
+    dropped: str  # which others failed or are wrong, and how
+
+
+class Judge:
+    """What the results of one case are compared with, made when first asked for."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        # By whether the objective has an entropy term.
+        self._truths: dict[bool, Outcome] = {}
+        self._gemm_errors: dict[bool, check.Errors] = {}
+
+    def truth(self, provider: Provider) -> Outcome:
+        key = provider.entropy_gradient
+        if key not in self._truths:
+            self._truths[key] = truth(self.inputs, provider.objective(self.inputs))
+        return self._truths[key]
+
+    def gemm_errors(self, provider: Provider) -> check.Errors:
+        """Errors of a float64 softmax over fp32 GEMMs."""
+        key = provider.entropy_gradient
+        if key not in self._gemm_errors:
+            reference = over_fp32_gemm(self.inputs, provider.objective(self.inputs))
+            self._gemm_errors[key] = check.errors(reference, self.truth(provider))
+        return self._gemm_errors[key]
+
+
+def why_not(provider: Provider, case: Case, device: torch.device) -> str | None:
+    """Why the provider cannot run the case here, or None."""
+    reason = provider.why_not(device)
+    free = measure.available_bytes(device)
+    if reason is not None or free is None:
+        return reason
+    # The float64 truth stays beside the step: two copies of weight and gradient.
+    held = case.vocab * case.hidden * 16 + case.tokens * case.hidden * 8
+    need = provider.needs_bytes(case) + held
+    if need <= 0.9 * free:
+        return None
+    return f"skipped: needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} free"
+
+
+def choose(provider: Provider, judge: Judge, device: torch.device) -> Choice | str:
+    """The fastest configuration that passes its check; text: why there is none.
+
+    Raises:
+        Exception: whatever our own op raises. A rival's failure costs it the configuration.
+    """
+    # Made outside of what is caught: these are not the provider's to fail.
+    judge.truth(provider), judge.gemm_errors(provider)
+    try:
+        steps = provider.steps(judge.inputs)
+    except Exception as error:  # foreign code raises what it likes; its row says what
+        return _reason(provider, error)
+    passed: dict[str, Choice] = {}
+    first: dict[str, float] = {}
+    dropped: list[str] = []
+    for name, step in steps.items():
+        try:
+            outcome, first[name] = _first_run(step, device)
+            passed[name] = _checked(Choice(name, step, {}, {}, ""), outcome, provider, judge)
+        except Exception as error:  # as above
+            dropped.append(f"{_reason(provider, error)} [{name}]")
+    if not passed:
+        return "; ".join(dropped)
+    times = {name: first[name] for name in passed}
+    best = measure.fastest({name: c.step for name, c in passed.items()}, times, device)
+    return passed[best]._replace(dropped="; ".join(dropped))
+
+
+class _Wrong(Exception):
+    """A result is beyond its limits."""
+
+
+def _checked(choice: Choice, outcome: Outcome, provider: Provider, judge: Judge) -> Choice:
+    """The choice with its errors; raises _Wrong if they are too large."""
+    errors = check.errors(outcome, judge.truth(provider))
+    over_gemm = check.in_units_of(errors, judge.gemm_errors(provider))
+    complaint = check.complaint(errors, provider.limits(judge.inputs.case), over_gemm)
+    if complaint is not None:
+        raise _Wrong(complaint)
+    return choice._replace(errors=errors, over_gemm=over_gemm)
+
+
+def _first_run(step: Step, device: torch.device) -> tuple[Outcome, float]:
+    """Its outcome and seconds; a slow step that compiled is timed again."""
+    compiled = counters["stats"]["unique_graphs"]
+    outcome, seconds = measure.timed(step, device)
+    if seconds >= measure.SLOW and counters["stats"]["unique_graphs"] != compiled:
+        outcome, seconds = measure.timed(step, device)
+    return outcome, seconds
+
+
+def _reason(provider: Provider, error: Exception) -> str:
+    """What a row says of an error; our own are not survived."""
+    if isinstance(error, _Wrong):
+        return f"wrong: {error}"
+    if provider.ours:
+        raise error
+    return f"failed: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
