@@ -11,7 +11,7 @@ of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and ret
     chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
 with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
-two buffers of 1 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
+two buffers of 2 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
 most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
 accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`. Narrow
 weight gradients are made when the chunk is gone, so V D w is the least.
