@@ -1,8 +1,8 @@
 """The cases of `bench head`: their grid, inputs, float64 truth, FLOPs and bytes, each written once.
 
-Legend: T tokens, D hidden width, V vocabulary. Every provider computes the same thing: the GRPO
-loss (clipped, token mean, entropy bonus) of T tokens from `hidden` (T, D) and `weight` (V, D), and
-its gradients to both.
+Legend: T tokens, D hidden width, V vocabulary. Every provider computes the same thing: a policy
+loss (token mean, entropy bonus) of T tokens from `hidden` (T, D) and `weight` (V, D), and its
+gradients to both. The loss is GRPO's, or that of a variant whose tokens depend on each other.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rollfuse import TokenBatch, grpo
+from rollfuse import TokenBatch, grpo, gspo
 from rollfuse.kernels.objective import Objective, evaluate
 
-Variant = Literal["dense", "masked", "zero_advantage"]
+Variant = Literal["dense", "masked", "zero_advantage", "gspo", "top_entropy"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+# What `bench head` measures unless told otherwise: GRPO, whose tokens do not depend on each other.
+TOKEN_LOCAL: tuple[Variant, ...] = ("dense", "masked", "zero_advantage")
 
 TOKENS = (128, 2048, 8192)
 HIDDEN = (256, 1024)
@@ -36,7 +38,8 @@ class Case:
 
     `dense`: every row counts. `masked`: the first half of each sequence is a prompt. In
     `zero_advantage` 13 of 32 sequences have advantage 0, and the entropy bonus is off: with it
-    those rows would have a gradient.
+    those rows would have a gradient. `gspo`: every row counts, and so does every sequence's ratio,
+    which is inside the band. `top_entropy`: GRPO on the fifth of the rows with the largest entropy.
     """
 
     tokens: int
@@ -158,16 +161,32 @@ def make_inputs(case: Case, device: torch.device, *, seed: int = 0) -> Inputs:
         weights=flat / flat.sum(),
         advantages=advantages.repeat_interleave(case.sequence_length),
         logp_old=logp_old,
+        cu_seqlens=torch.arange(N_SEQUENCES + 1, device=device) * case.sequence_length,
     )
     return Inputs(
         case=case,
         hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(not case.frozen_head),
         batch=batch,
-        objective=grpo(entropy_coef=case.entropy_coef),
-        objective_without_entropy=grpo(),
+        objective=_objective(case.variant, case.entropy_coef),
+        objective_without_entropy=_objective(case.variant, 0.0),
         active=flat.nonzero().squeeze(1),
     )
+
+
+def _objective(variant: Variant, entropy_coef: float) -> Objective:
+    if variant == "gspo":
+        return gspo(entropy_coef=entropy_coef)
+    of_token = grpo(entropy_coef=entropy_coef)
+    if variant != "top_entropy":
+        return of_token
+
+    def of_uncertain_tokens(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
+        # Half way between two entropies: rounding does not move a row across.
+        border = torch.quantile(entropy.detach(), 0.8, interpolation="midpoint")
+        return torch.where(entropy.detach() > border, of_token(logp, entropy, batch), 0.0)
+
+    return of_uncertain_tokens
 
 
 def _logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -212,30 +231,37 @@ def over_fp32_gemm(inputs: Inputs, objective: Objective, *, rows_at_once: int = 
 def _by_formulas(
     inputs: Inputs, objective: Objective, products: torch.dtype, rows_at_once: int
 ) -> Outcome:
-    """The step with its three products in the dtype `products` and the rest in float64."""
+    """The step with its three products in the dtype `products` and the rest in float64.
+
+    In two passes over the rows, because an objective may look at all of them together.
+    """
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach().to(products)
-    batch, active = inputs.batch, inputs.active
+    active, targets = inputs.active, inputs.batch.targets
+    slices = [active[i : i + rows_at_once] for i in range(0, len(active), rows_at_once)]
+
+    def log_probabilities(rows: Tensor) -> Tensor:
+        return torch.log_softmax((hidden[rows].to(products) @ weight.T).double(), 1)
+
+    logps, entropies = [], []
+    for rows in slices:
+        log_p = log_probabilities(rows)  # (rows, V)
+        logps.append(log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+    logp, entropy = torch.cat(logps), torch.cat(entropies)
+    found = evaluate(objective, logp, entropy, inputs.batch.keep(active))
     dhidden = torch.zeros_like(hidden, dtype=products)
     dweight = None if inputs.case.frozen_head else torch.zeros_like(weight)
-    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    logps, entropies = [], []
-    for start in range(0, len(active), rows_at_once):
-        rows = active[start : start + rows_at_once]
-        h = hidden[rows].to(products)
-        log_p = torch.log_softmax((h @ weight.T).double(), 1)  # (rows, V)
+    for i, rows in enumerate(slices):
+        some = slice(i * rows_at_once, i * rows_at_once + len(rows))
+        log_p = log_probabilities(rows)
         p = log_p.exp()
-        logp = log_p.gather(1, batch.targets[rows].unsqueeze(1)).squeeze(1)
-        entropy = -(p * log_p).sum(1)
-        part = evaluate(objective, logp, entropy, batch.select(rows))
-        dlogits = -part.dlogp.unsqueeze(1) * p
-        dlogits[torch.arange(len(rows)), batch.targets[rows]] += part.dlogp
-        if part.dentropy is not None:
-            dlogits -= part.dentropy.unsqueeze(1) * p * (log_p + entropy.unsqueeze(1))
+        dlogits = -found.dlogp[some].unsqueeze(1) * p
+        dlogits[torch.arange(len(rows)), targets[rows]] += found.dlogp[some]
+        if found.dentropy is not None:
+            surprise = log_p + entropy[some].unsqueeze(1)
+            dlogits -= found.dentropy[some].unsqueeze(1) * p * surprise
         dlogits = dlogits.to(products)
         dhidden[rows] = dlogits @ weight
         if dweight is not None:
-            dweight.addmm_(dlogits.T, h)
-        loss += part.loss
-        logps.append(logp)
-        entropies.append(entropy)
-    return Outcome(loss, torch.cat(logps), torch.cat(entropies), dhidden, dweight)
+            dweight.addmm_(dlogits.T, hidden[rows].to(products))
+    return Outcome(found.loss, logp, entropy, dhidden, dweight)

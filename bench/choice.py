@@ -48,7 +48,7 @@ class Judge:
 
 def why_not(provider: Provider, case: Case, device: torch.device) -> str | None:
     """Why the provider cannot run the case here, or None."""
-    reason = provider.why_not(device)
+    reason = provider.why_not(case, device)
     free = measure.available_bytes(device)
     if reason is not None or free is None:
         return reason

@@ -22,6 +22,7 @@ from rollfuse.bench import check, measure, plots, report
 from rollfuse.bench.cases import (
     HEADLINE,
     HIDDEN,
+    TOKEN_LOCAL,
     TOKENS,
     VARIANTS,
     VOCAB,
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hidden", type=int, nargs="+", default=list(HIDDEN), metavar="D")
     add("--vocab", type=int, nargs="+", default=list(VOCAB), metavar="V")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--variants", nargs="+", choices=VARIANTS, default=list(TOKEN_LOCAL))
     add("--frozen-head", action="store_true", help="no gradient to the head's weight")
     add("--providers", nargs="+", choices=[p.name for p in PROVIDERS], metavar="NAME")
     add("--repeats", type=int, default=9, help="interleaved repeats (a figure needs 9)")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rollfuse import Head, Plan, linear_policy_loss
 from rollfuse.bench import check
-from rollfuse.bench.cases import N_SEQUENCES, Case, Inputs, Outcome
+from rollfuse.bench.cases import N_SEQUENCES, TOKEN_LOCAL, Case, Inputs, Outcome, Variant
 from rollfuse.kernels.objective import Objective, weighted_loss
 
 Step = Callable[[], Outcome]
@@ -42,6 +42,7 @@ class Provider:
         entropy_gradient: False where it cannot give one; it then runs without the bonus, and is
             checked against the same.
         cuda_only: whether it needs a CUDA device.
+        cannot: variants beyond what it can express.
         note: what a reader of its row should know.
     """
 
@@ -53,10 +54,13 @@ class Provider:
     ours: bool = False
     entropy_gradient: bool = True
     cuda_only: bool = False
+    cannot: tuple[Variant, ...] = ()
     note: str = ""
 
-    def why_not(self, device: torch.device) -> str | None:
-        """Why it cannot run here, or None."""
+    def why_not(self, case: Case, device: torch.device) -> str | None:
+        """Why it cannot run the case here, or None."""
+        if case.variant in self.cannot:
+            return f"cannot compute {case.variant}"
         if self.cuda_only and device.type != "cuda":
             return "needs CUDA"
         if self.module is not None and importlib.util.find_spec(self.module) is None:
@@ -83,7 +87,7 @@ def _gradients(inputs: Inputs, loss: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _step_of(inputs: Inputs, scores: Callable[[], tuple[Tensor, Tensor | None]]) -> Step:
     """A step from a library's scores of the active rows: logp, and entropy where it has one."""
-    batch = inputs.batch.select(inputs.active)
+    batch = inputs.batch.keep(inputs.active)
     unused = torch.zeros_like(batch.weights)
 
     def step() -> Outcome:
@@ -183,6 +187,12 @@ def _liger_scores(inputs: Inputs) -> dict[str, Step]:
     return {"active rows": _step_of(inputs, scores)}
 
 
+# GSPO, with the band of `gspo`, is an option of Liger's GRPO loss.
+_LIGER_RATIOS: dict[str, dict[str, Any]] = {
+    "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
+}
+
+
 def _liger_grpo(inputs: Inputs) -> dict[str, Step]:
     loss_class = _attribute("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     case, batch = inputs.case, inputs.batch
@@ -199,6 +209,7 @@ def _liger_grpo(inputs: Inputs) -> dict[str, Step]:
             use_ref_model=False,
             chunk_size=sequences,
             loss_type="dapo",
+            **_LIGER_RATIOS.get(case.variant, {}),
         )
 
         def step() -> Outcome:
@@ -270,9 +281,14 @@ def _active_logits(copies: float) -> Callable[[Case], float]:
 
 
 def _our_chunk(case: Case) -> float:
-    """One chunk, of at most 4096 rows on any device, and a float32 weight gradient for halves."""
+    """One chunk, of at most 4096 rows on any device, and a float32 weight gradient for halves.
+
+    Where tokens depend on each other also what may be held: at most 8 GiB on any device.
+    """
     accumulator = 0 if case.dtype == "float32" else 4 * case.vocab * case.hidden
-    return 4.0 * min(4096, case.active_tokens) * case.vocab + accumulator
+    logits = 4.0 * case.active_tokens * case.vocab
+    held = 0.0 if case.variant in TOKEN_LOCAL else min(logits, 8 << 30)
+    return min(4.0 * 4096 * case.vocab, logits) + held + accumulator
 
 
 def _trl_chunk(case: Case) -> float:
@@ -306,6 +322,7 @@ PROVIDERS = (
         "liger-kernel",
         workspace=_liger_grpo_chunk,
         entropy_gradient=False,
+        cannot=("top_entropy",),
         note=_NO_ENTROPY,
     ),
     Provider(
@@ -316,6 +333,7 @@ PROVIDERS = (
         workspace=_active_logits(1.0),
         entropy_gradient=False,
         cuda_only=True,
+        cannot=("top_entropy",),
         note=_NO_ENTROPY,
     ),
     Provider(
@@ -325,6 +343,7 @@ PROVIDERS = (
         "cut-cross-entropy",
         workspace=_active_logits(1.0),
         entropy_gradient=False,
+        cannot=("top_entropy",),
         note=_NO_ENTROPY,
     ),
     Provider("verl", _verl, "verl", "verl", workspace=_active_logits(0.5), cuda_only=True),

@@ -1,28 +1,24 @@
-"""logp_entropy: log-probs and entropies from logits that exist already.
-
-Bytes a logit of s bytes: the forward reads s, the backward reads s and writes s.
-"""
+"""logp_entropy: log-probs and entropies from logits that exist already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rollfuse.kernels import checks
-from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
+from rollfuse.kernels import checks, traced
+from rollfuse.kernels.arguments import check_pair_vectors, need_targets_below
 from rollfuse.kernels.layout import Layout, Request, build_layout
-from rollfuse.kernels.linear import LogpEntropy, check_pair_vectors, need_targets_below
-from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
-from rollfuse.kernels.statistics import (
-    row_entropy,
-    row_statistics,
-    target_logp,
-    target_shift,
+from rollfuse.kernels.logits_pass import (
+    LogitsView,
+    ScoredLogits,
+    gradient_of_logits,
+    score_logits,
+    view_of_logits,
 )
+from rollfuse.kernels.rows import LogpEntropy, RowStatistics
 
 
 def logp_entropy(
@@ -52,6 +48,8 @@ def logp_entropy(
     checks.need_int(targets, "targets")
     checks.need(targets.dim() == 1, "targets", "shape (P,)", tuple(targets.shape))
     checks.need_same_device(targets, flat, "targets", "logits")
+    if torch.compiler.is_compiling():
+        return LogpEntropy(*traced.logit_scores(flat, targets, rows, temperature))
     need_targets_below(targets, flat.shape[1])
     check_pair_vectors(rows, temperature, targets.shape[0], flat)
     request = Request(targets.shape[0], flat.shape[0], rows, temperature, name="logits")
@@ -80,78 +78,34 @@ def logp_entropy_over_layout(
 
     With `overwrite` the backward's result takes the logits' place in memory.
     """
-    rows = layout.rows
     if not layout.unique_rows:
         # A row at several temperatures would be written by several slots: give each a copy.
-        assert rows is not None
-        logits, rows = logits[rows], None
-    dtype = compute_dtype(logits.dtype)
-    if isinstance(temperature, Tensor):
-        factor = 1.0 / layout.of_slots(layout.pick(temperature.to(dtype)))
-    else:
-        factor = torch.full((layout.n_slots,), 1.0 / temperature, dtype=dtype, device=logits.device)
-    call = _Call(
-        Transform(factor),
-        rows,
-        layout.slot,
-        layout.pick(targets.long()),
-        layout.one_per_slot,
-        overwrite,
-    )
+        assert layout.rows is not None
+        logits, layout = logits[layout.rows], layout.with_a_row_each()
+    view = view_of_logits(logits.detach(), layout, targets, temperature)
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LogpEntropy.apply)
-    return LogpEntropy(*apply(logits, call))
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    transform: Transform
-    rows: Tensor | None  # (S,)
-    slot: Tensor  # (A,)
-    column: Tensor  # (A,)
-    one_per_slot: bool
-    overwrite: bool
+    return LogpEntropy(*apply(logits, view, overwrite))
 
 
 class _LogpEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        row = call.slot if call.rows is None else call.rows[call.slot]
-        pairs = (row, call.slot, call.column)
-        with torch.autocast(logits.device.type, enabled=False):
-            stats = row_statistics(logits, call.transform, call.rows)
-            pre, shifted = target_shift(logits, stats, call.transform, pairs)
-            logp = target_logp(stats, shifted, call.slot, call.column)
-        ctx.call = call
+    def forward(
+        ctx: Any, logits: Tensor, view: LogitsView, overwrite: bool
+    ) -> tuple[Tensor, Tensor]:
+        found = score_logits(view)
+        # The graph's own store notices in-place changes of the logits.
+        ctx.view, ctx.overwrite = view._replace(logits=logits.new_empty(0)), overwrite
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, pre, logp, *stats)
-        return logp, row_entropy(stats)[call.slot]
+        ctx.save_for_backward(logits, found.logp, found.entropy, found.pre, *found.stats)
+        return found.logp, found.entropy
 
     @staticmethod
-    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> Any:
         checks.refuse_second_derivative()
-        logits, pre, logp, *saved = ctx.saved_tensors
-        call: _Call = ctx.call
+        logits, logp, entropy, pre, *stats = ctx.saved_tensors
+        scored = ScoredLogits(logp, entropy, pre, RowStatistics(*stats))
         if dlogp is None:
             dlogp = torch.zeros_like(logp)
-        stats = RowStatistics(*saved)
-        targets = Targets(call.slot, call.column, pre, logp, call.one_per_slot)
-        coefficients = row_coefficients(stats, call.transform, targets, dlogp, dentropy)
-        n_slots, n_rows = stats.top.shape[0], logits.shape[0]
-        every_row = call.rows is None and n_slots == n_rows
-        # The kernels write rows of neighbouring columns.
-        if call.overwrite and logits.stride(1) == 1:
-            out = logits.detach()
-            if not every_row:
-                out[_rows_without_slot(call.rows, n_slots, logits)] = 0
-        else:
-            new = torch.empty_like if every_row else torch.zeros_like
-            out = new(logits, memory_format=torch.contiguous_format)
-        return row_gradient(logits, call.transform, stats, coefficients, out, call.rows), None
-
-
-def _rows_without_slot(rows: Tensor | None, n_slots: int, logits: Tensor) -> Tensor:
-    without = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-    without[:n_slots] = rows is not None
-    if rows is not None:
-        without[rows] = False
-    return without
+        view = ctx.view._replace(logits=logits.detach())
+        out = gradient_of_logits(view, scored, dlogp, dentropy, overwrite=ctx.overwrite)
+        return out, None, None

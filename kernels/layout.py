@@ -7,7 +7,7 @@ host: from the batch's host copy where there is one, otherwise after one transfe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ class Layout:
             starts,
         )
         return LayoutPart(layout, index, torch.from_numpy(pairs).to(device, non_blocking=True))
+
+    def with_a_row_each(self) -> Layout:
+        """The same slots and pairs over rows that have been copied, one for each slot."""
+        return replace(self, rows=None, unique_rows=True)
 
     def pick(self, values: Tensor) -> Tensor:
         """(A,) values of the selected pairs from (P,) values."""

@@ -7,25 +7,23 @@ or, under a head without gradient, the unit gradients d logp / d hidden are scal
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from rollfuse.kernels import checks
-from rollfuse.kernels.head import Head, as_head, flatten_hidden, operand_dtype
+from rollfuse.kernels import checks, traced
+from rollfuse.kernels.arguments import (
+    check_pair_vectors,
+    describe,
+    make_inputs,
+    need_targets_below,
+    needed_gradients,
+)
+from rollfuse.kernels.head import Head, as_head, flatten_hidden
 from rollfuse.kernels.head_pass import Inputs
-from rollfuse.kernels.layout import Layout, Request, build_layout
-from rollfuse.kernels.plan import Plan, PlanReport, Problem, choose
-from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.layout import Request, build_layout
+from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.two_phase import TwoPhase, logp_and_entropy
-
-
-class LogpEntropy(NamedTuple):
-    """Both (P,), float32 (float64 for float64 inputs), in nats."""
-
-    logp: Tensor
-    entropy: Tensor
 
 
 def linear_logp_entropy(  # noqa: PLR0913  (the signature is the published API)
@@ -62,6 +60,9 @@ def linear_logp_entropy(  # noqa: PLR0913  (the signature is the published API)
     checks.need_int(targets, "targets")
     checks.need(targets.dim() == 1, "targets", "shape (P,)", tuple(targets.shape))
     checks.need_same_device(targets, hidden, "targets", "hidden")
+    if torch.compiler.is_compiling():
+        found = traced.linear_scores(hidden, head, targets, rows, temperature, plan=plan)
+        return LogpEntropy(*found)
     need_targets_below(targets, head.vocabulary)
     n_pairs = targets.shape[0]
     check_pair_vectors(rows, temperature, n_pairs, hidden)
@@ -86,86 +87,3 @@ def linear_over_layout(
     """(A,) values of a layout's pairs, in its order; two-phase plans only."""
     call = TwoPhase(inputs, report, needed_gradients(hidden, head))
     return LogpEntropy(*logp_and_entropy(hidden, head, call))
-
-
-def needed_gradients(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
-    """Whether hidden, weight and bias need gradients here and now."""
-    if not torch.is_grad_enabled():
-        return False, False, False
-    bias = head.bias is not None and head.bias.requires_grad
-    return hidden.requires_grad, head.weight.requires_grad, bias
-
-
-def make_inputs(
-    hidden: Tensor, head: Head, layout: Layout, targets: Tensor, temperature: Tensor | float
-) -> Inputs:
-    """Detached inputs of a pass; targets and temperature (P,) in the batch's order."""
-    operand = operand_dtype(hidden, head)
-    wide = compute_dtype(operand)
-    if isinstance(temperature, Tensor):
-        of_slots = layout.of_slots(layout.pick(temperature.to(wide)))
-    else:
-        of_slots = hidden.new_full((layout.n_slots,), float(temperature), dtype=wide)
-    detached = Head(
-        head.weight.detach(),
-        None if head.bias is None else head.bias.detach(),
-        head.scale,
-        head.softcap,
-    )
-    return Inputs(hidden.detach(), detached, operand, layout, layout.pick(targets.long()), of_slots)
-
-
-def describe(
-    hidden: Tensor, head: Head, layout: Layout, n_pairs: int, *, token_local: bool = False
-) -> Problem:
-    """The sizes and needs a plan is chosen for."""
-    needs = needed_gradients(hidden, head)
-    return Problem(
-        n_slots=layout.n_slots,
-        n_pairs=n_pairs,
-        n_active=layout.n_pairs,
-        width=head.width,
-        vocabulary=head.vocabulary,
-        operand=operand_dtype(hidden, head),
-        hidden_dtype=hidden.dtype,
-        weight_dtype=head.weight.dtype,
-        device=hidden.device,
-        needs_hidden=needs[0],
-        needs_weight=needs[1] or needs[2],
-        token_local=token_local,
-        bias=head.bias is not None,
-        softcap=head.softcap is not None,
-    )
-
-
-def need_targets_below(targets: Tensor, vocabulary: int) -> None:
-    """Raise for a CPU target outside the vocabulary; device targets are flagged, see PolicyLoss."""
-    if targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        good = low >= 0 and high < vocabulary
-        checks.need(good, "targets", f"token ids in [0, {vocabulary})", f"{low} to {high}")
-
-
-def check_pair_vectors(
-    rows: Tensor | None, temperature: Tensor | float, n_pairs: int, hidden: Tensor
-) -> None:
-    if rows is not None:
-        checks.need_int(rows, "rows")
-        checks.need_shape(rows, (n_pairs,), "rows", "one row a target")
-        checks.need_same_device(rows, hidden, "rows", "hidden")
-    if isinstance(temperature, Tensor):
-        checks.need_float(temperature, "temperature")
-        checks.need_shape(temperature, (n_pairs,), "temperature", "one a target")
-        checks.need_same_device(temperature, hidden, "temperature", "hidden")
-        if temperature.device.type == "cpu":
-            good = bool((temperature.isfinite() & (temperature > 0)).all())
-            checks.need(
-                good,
-                "temperature",
-                "finite values > 0",
-                temperature.min().item() if n_pairs else "none",
-            )
-    else:
-        checks.need(
-            0.0 < temperature < float("inf"), "temperature", "a finite value > 0", temperature
-        )

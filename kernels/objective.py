@@ -88,7 +88,8 @@ def weighted_loss(objective: Objective, logp: Tensor, entropy: Tensor, batch: To
         raise ValueError(f"objective: need {tuple(logp.shape)} values, one a pair, got {got}")
     # A weight of 0 drops the pair, even one whose value is infinite.
     loss = torch.where(batch.weights != 0, batch.weights.to(values.dtype) * values, 0.0).sum()
-    if loss.requires_grad:
+    # Traced by torch.compile there is no graph to look through, and none is cut off either.
+    if loss.requires_grad and not torch.compiler.is_compiling():
         refuse_foreign_gradient(loss, (logp, entropy))
     return loss
 

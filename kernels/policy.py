@@ -2,7 +2,7 @@
 
 Token-local objectives go through the head once (plan `fused`): logits of a chunk, statistics,
 objective and its derivatives on the chunk's vectors, gradient of the logits in place, dX and dW.
-Others take `linear_logp_entropy` and ordinary autograd.
+Others take `linear_logp_entropy` and ordinary autograd, and so do all under torch.compile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rollfuse.kernels import checks
+from rollfuse.kernels import checks, traced
+from rollfuse.kernels.arguments import (
+    describe,
+    make_inputs,
+    need_targets_below,
+    needed_gradients,
+)
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.from_logits import flatten_logits, logp_entropy_over_layout
 from rollfuse.kernels.head import Head, as_head, flatten_hidden
@@ -27,14 +33,7 @@ from rollfuse.kernels.head_pass import (
     new_workspace,
 )
 from rollfuse.kernels.layout import Layout, Request, build_layout
-from rollfuse.kernels.linear import (
-    LogpEntropy,
-    describe,
-    linear_over_layout,
-    make_inputs,
-    need_targets_below,
-    needed_gradients,
-)
+from rollfuse.kernels.linear import linear_over_layout
 from rollfuse.kernels.objective import (
     Objective,
     TokenLocal,
@@ -43,6 +42,7 @@ from rollfuse.kernels.objective import (
     weighted_loss,
 )
 from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.rows import LogpEntropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,15 @@ class PolicyLoss:
     """What a policy loss returns.
 
     loss: () sum of weights * objective, differentiable. logp, entropy: (P,) nats, detached, NaN
-    where not computed. computed: (P,) bool. diagnostics: the plan that ran. bad: () bool, True if
-    a value of the batch was wrong.
+    where not computed. computed: (P,) bool. diagnostics: the plan that ran, None under
+    torch.compile. bad: () bool, True if a value of the batch was wrong.
     """
 
     loss: Tensor
     logp: Tensor
     entropy: Tensor
     computed: Tensor
-    diagnostics: PlanReport
+    diagnostics: PlanReport | None
     bad: Tensor
 
     def check(self) -> None:
@@ -102,6 +102,9 @@ def linear_policy_loss(
     """
     head = as_head(head)
     hidden = flatten_hidden(hidden, head)
+    if torch.compiler.is_compiling():
+        scores = traced.linear_batch_scores(hidden, head, batch, objective, plan)
+        return _traced_result(scores, batch, objective, head.vocabulary)
     planned = _plan(hidden, head, batch, objective, plan)
     layout, report = planned.layout, planned.report
     inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
@@ -150,6 +153,10 @@ def policy_loss(
         PolicyLoss, differentiable in logits.
     """
     flat = flatten_logits(logits)
+    if torch.compiler.is_compiling():
+        checks.need(not overwrite_logits, "overwrite_logits", "False under torch.compile", True)
+        scores = traced.logit_batch_scores(flat, batch, objective)
+        return _traced_result(scores, batch, objective, flat.shape[1])
     if overwrite_logits and logits.requires_grad:
         base = logits if logits._base is None else logits._base
         good = not base.is_leaf
@@ -273,6 +280,19 @@ def _result(  # noqa: PLR0913
     computed = layout.spread(ones, len(batch), 0.0) != 0
     bad = batch.any_bad_value() | (batch.targets >= vocabulary).any()
     return PolicyLoss(loss, logp, entropy, computed, report, bad)
+
+
+def _traced_result(
+    scores: traced.TracedScores, batch: TokenBatch, objective: Objective, vocabulary: int
+) -> PolicyLoss:
+    """The objective over all pairs, as torch.compile traces it."""
+    loss = weighted_loss(objective, scores.logp, scores.entropy, batch)
+    logp, entropy = (
+        torch.where(scores.computed, values.detach(), torch.nan)
+        for values in (scores.logp, scores.entropy)
+    )
+    bad = batch.any_bad_value() | (batch.targets >= vocabulary).any()
+    return PolicyLoss(loss, logp, entropy, scores.computed, None, bad)
 
 
 def _score_dropped(  # noqa: PLR0913

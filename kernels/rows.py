@@ -17,6 +17,13 @@ from torch import Tensor
 FLOOR = -1e30
 
 
+class LogpEntropy(NamedTuple):
+    """Both (P,), float32 (float64 for float64 inputs), in nats."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
 class Transform(NamedTuple):
     """From a logit g to the z of the softmax: z = factor * pre(g)."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,35 @@ class _TwoPhaseFunction(torch.autograd.Function):
         )
 
 
+def scores(call: TwoPhase) -> tuple[Tensor, Tensor]:
+    """(logp (A,), entropy (A,)) in layout order; nothing is kept."""
+    entropy, kept = _forward(call)
+    return kept.logp, entropy
+
+
+def gradients_anew(
+    call: TwoPhase, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dW, dbias) of a layout's pairs (A,) by going through the logits again."""
+    inputs, chunk_rows = call.inputs, call.report.chunk_rows
+    wanted = _with_derivative(inputs.layout, dlogp, dentropy).cpu().numpy()
+    part = _part(inputs.layout, _worth_leaving_out(wanted), is_held=False)
+    with torch.autocast(dlogp.device.type, enabled=False):
+        whole = part is not None and part.layout is inputs.layout and inputs.layout.rows is None
+        sink = GradientSink(inputs, call.needs, whole=whole)
+        if part is None:
+            return sink.collected()
+        run = HeadPass(_inputs_of(part, inputs), new_workspace(inputs, chunk_rows))
+        of_logp, of_entropy = dlogp[part.pairs], dentropy[part.pairs]
+        for chunk in part.layout.chunks(chunk_rows):
+            pairs = slice(chunk.first, chunk.last)
+            logits = run.project(run.hidden_rows(chunk))
+            scored = run.score(chunk, logits)
+            dz, scale = run.gradient(logits, scored, of_logp[pairs], of_entropy[pairs])
+            sink.add(run, chunk, dz, scale)
+    return sink.collected()
+
+
 def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
     """(entropy (A,), what is kept), in layout order."""
     inputs, report = call.inputs, call.report
@@ -173,26 +203,43 @@ def _gradients(
 def _parts(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) -> Iterator[_Part]:
     """The slots with a derivative: those held, then those whose logits are made again."""
     layout = call.inputs.layout
-    has_derivative = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-    of_slots = torch.zeros(layout.n_slots, dtype=torch.int32, device=dlogp.device)
-    of_slots.index_add_(0, layout.slot, has_derivative.int())
     n_held = 0 if kept.held is None else len(kept.held)
     is_held = torch.arange(layout.n_slots, device=dlogp.device) < n_held
     if kept.held_tops is not None and dentropy is not None:
         is_held &= ~too_flat(kept.stats, call.inputs.head.vocabulary)
     # The one transfer of a backward.
-    wanted, held = torch.stack([of_slots != 0, is_held]).cpu().numpy()
-    if wanted.mean() > _WORTH_LEAVING_OUT:
-        wanted[:] = True
+    wanted, held = torch.stack([_with_derivative(layout, dlogp, dentropy), is_held]).cpu().numpy()
+    wanted = _worth_leaving_out(wanted)
     for chosen, from_held in ((wanted & held, True), (wanted & ~held, False)):
-        if chosen.all():
-            yield _Part(layout, slice(None), slice(None), from_held)
-        elif chosen.any():
-            part = layout.part(chosen)
-            first, last = chosen.nonzero()[0][[0, -1]].tolist()
-            in_a_row = last - first + 1 == part.layout.n_slots
-            slots = slice(first, last + 1) if in_a_row else part.slots
-            yield _Part(part.layout, slots, part.pairs, from_held)
+        part = _part(layout, chosen, is_held=from_held)
+        if part is not None:
+            yield part
+
+
+def _with_derivative(layout: Layout, dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
+    """(S,) bool: slots of which a pair has a derivative."""
+    of_pairs = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    of_slots = torch.zeros(layout.n_slots, dtype=torch.int32, device=dlogp.device)
+    return of_slots.index_add_(0, layout.slot, of_pairs.int()) != 0
+
+
+def _worth_leaving_out(wanted: np.ndarray) -> np.ndarray:
+    """All slots, unless many are not wanted."""
+    few = wanted.sum() <= _WORTH_LEAVING_OUT * len(wanted)
+    return wanted if few else np.ones_like(wanted)
+
+
+def _part(layout: Layout, chosen: np.ndarray, *, is_held: bool) -> _Part | None:
+    """The chosen slots (S,) bool; None if there are none."""
+    if not chosen.any():
+        return None
+    if chosen.all():
+        return _Part(layout, slice(None), slice(None), is_held)
+    part = layout.part(chosen)
+    first, last = chosen.nonzero()[0][[0, -1]].tolist()
+    in_a_row = last - first + 1 == part.layout.n_slots
+    slots = slice(first, last + 1) if in_a_row else part.slots
+    return _Part(part.layout, slots, part.pairs, is_held)
 
 
 def _inputs_of(part: _Part, inputs: Inputs) -> Inputs:

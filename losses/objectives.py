@@ -1,4 +1,6 @@
-"""Objectives: factories of token-local functions (logp, entropy, batch) -> (P,) losses.
+"""Objectives: factories of functions (logp, entropy, batch) -> (P,) losses.
+
+All are token-local but `gspo`, whose tokens share their sequence's ratio.
 
 An objective is a surrogate plus, where asked for, a KL term and an entropy bonus. That is not all
 that distinguishes the papers: GRPO, Dr. GRPO and DAPO share the surrogate and differ in reduction
@@ -30,10 +32,13 @@ from torch import Tensor
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.batch import TokenBatch
-from rollfuse.kernels.objective import TokenLocal, token_local
+from rollfuse.kernels.objective import Objective, TokenLocal, token_local
+from rollfuse.losses.sequences import sequence_means
 from rollfuse.losses.surrogates import (
+    MAX_LOG_RATIO,
     clipped_surrogate,
     importance_ratio,
+    log_ratio,
     reinforce_surrogate,
     truncated_weight,
 )
@@ -181,6 +186,58 @@ def reinforce(
     return terms.added_to(surrogate)
 
 
+def gspo(
+    eps_low: float = 3e-4,
+    eps_high: float = 4e-4,
+    *,
+    kl: KlEstimator | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    tis_cap: float | None = None,
+) -> Objective:
+    """GSPO: one ratio a sequence, the geometric mean of its tokens', clipped as a whole.
+
+    s = exp(mean over the sequence of (logp - logp_old));  clipped_surrogate(s, A) at every token
+
+    Coupled: the tokens of a sequence share s, so the op takes two phases. A sequence outside the
+    band has no gradient and is left out of the second.
+
+    Partners: `sequence_mean` and `grpo_advantages`, which give a sequence's tokens one advantage.
+
+    Args:
+        eps_low, eps_high: as in `grpo`; the band of a mean of many log-ratios is narrow.
+        kl, kl_coef, entropy_coef, tis_cap: as in `grpo`, token by token.
+
+    Returns:
+        An objective that reads batch.cu_seqlens and advantages and, where present, logp_old and
+        known. A missing one raises ValueError when called. The mean is over the pairs it is given,
+        those of weight 0 left out. A token the policy forbids gives its sequence the ratio 0.
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter is out of its range.
+
+    Source: Zheng et al., Group sequence policy optimization, arXiv 2507.18071, equations 5 and 7.
+    """
+    _check_band(eps_low, eps_high, None)
+    terms = _Terms(kl, kl_coef, entropy_coef, tis_cap)
+
+    def surrogate(logp: Tensor, batch: TokenBatch) -> Tensor:
+        borders = _required(batch.cu_seqlens, "cu_seqlens")
+        mean = sequence_means(log_ratio(logp, _anchor(logp, batch)), borders)
+        ratio = mean.clamp(max=MAX_LOG_RATIO).exp()
+        return clipped_surrogate(
+            ratio.repeat_interleave(borders.diff(), output_size=len(logp)),
+            _required(batch.advantages, "advantages"),
+            batch.scalars.get("eps_low", eps_low),
+            batch.scalars.get("eps_high", eps_high),
+        )
+
+    def objective(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
+        return terms.loss(surrogate, logp, entropy, batch)
+
+    return objective
+
+
 @dataclass(frozen=True, slots=True)
 class _Terms:
     """What every objective shares: the sampler's weight, the KL term, the entropy bonus."""
@@ -212,19 +269,29 @@ class _Terms:
 
         @token_local(active=active, uses_entropy=self.entropy_coef != 0.0)
         def objective(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
-            loss = surrogate(logp, batch)
-            tis_cap = _optional(batch, "tis_cap", self.tis_cap)
-            if tis_cap is not None:
-                weight = _sampler_weight(logp, batch, tis_cap)
-                # A weight of 0 is of a token no policy draws, whose loss may be infinite.
-                loss = torch.where(weight > 0, weight * loss, 0.0)
-            if self.kl is not None and self._kl_is_on(batch):
-                coef = batch.scalars.get("kl_coef", self.kl_coef)
-                loss = loss + coef * self.kl(logp, _required(batch.logp_ref, "logp_ref"))
-            entropy_coef = _optional(batch, "entropy_coef", self.entropy_coef or None)
-            return loss if entropy_coef is None else loss - entropy_coef * entropy
+            return self.loss(surrogate, logp, entropy, batch)
 
         return objective
+
+    def loss(
+        self,
+        surrogate: Callable[[Tensor, TokenBatch], Tensor],
+        logp: Tensor,
+        entropy: Tensor,
+        batch: TokenBatch,
+    ) -> Tensor:
+        """(P,) the surrogate with its terms."""
+        loss = surrogate(logp, batch)
+        tis_cap = _optional(batch, "tis_cap", self.tis_cap)
+        if tis_cap is not None:
+            weight = _sampler_weight(logp, batch, tis_cap)
+            # A weight of 0 is of a token no policy draws, whose loss may be infinite.
+            loss = torch.where(weight > 0, weight * loss, 0.0)
+        if self.kl is not None and self._kl_is_on(batch):
+            coef = batch.scalars.get("kl_coef", self.kl_coef)
+            loss = loss + coef * self.kl(logp, _required(batch.logp_ref, "logp_ref"))
+        entropy_coef = _optional(batch, "entropy_coef", self.entropy_coef or None)
+        return loss if entropy_coef is None else loss - entropy_coef * entropy
 
     def _kl_is_on(self, batch: TokenBatch) -> bool:
         """Whether the KL term can have a gradient. A coefficient in a tensor is not read: yes."""

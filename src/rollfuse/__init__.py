@@ -5,15 +5,16 @@ from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.dispatch import backend
 from rollfuse.kernels.from_logits import logp_entropy
 from rollfuse.kernels.head import Head
-from rollfuse.kernels.linear import LogpEntropy, linear_logp_entropy
+from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.kernels.noise import Purpose, fork_streams, need_distinct_streams, new_streams
 from rollfuse.kernels.objective import check_objective, token_local
 from rollfuse.kernels.plan import Plan, PlanReport
 from rollfuse.kernels.policy import PolicyLoss, explain, linear_policy_loss, policy_loss
+from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k1, k2, k3
-from rollfuse.losses.objectives import dapo, dr_grpo, grpo, reinforce
+from rollfuse.losses.objectives import dapo, dr_grpo, grpo, gspo, reinforce
 from rollfuse.losses.reductions import (
     constant_length,
     sequence_mean,
@@ -31,8 +32,9 @@ __all__ = [
     "check_objective", "explain", "linear_logp_entropy", "linear_policy_loss", "logp_entropy",
     "policy_loss", "token_local",
     # objectives, KL estimators, reductions, credit
-    "clipped_surrogate", "constant_length", "dapo", "dr_grpo", "grpo", "grpo_advantages", "k1",
-    "k2", "k3", "reinforce", "rloo_advantages", "sequence_mean", "sequence_sum", "token_mean",
+    "clipped_surrogate", "constant_length", "dapo", "dr_grpo", "grpo", "grpo_advantages",
+    "gspo", "k1", "k2", "k3", "reinforce", "rloo_advantages", "sequence_mean", "sequence_sum",
+    "token_mean",
     # noise and sampling
     "Purpose", "Sampled", "Sampling", "fork_streams", "need_distinct_streams", "new_streams",
     "sample_tokens",

@@ -1,0 +1,157 @@
+"""torch.compile: one graph for every length and hyper-parameter, the same numbers, opcheck."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from head_cases import coupled, gradients, make_problem, smooth_local
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from rollfuse import (
+    Head,
+    Plan,
+    grpo,
+    gspo,
+    linear_logp_entropy,
+    linear_policy_loss,
+    logp_entropy,
+    policy_loss,
+)
+from rollfuse.kernels import registered
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def weighted(problem):
+    """The problem's batch without its pairs of weight 0."""
+    keep = problem.batch.weights.nonzero().squeeze(1)
+    return dataclasses.replace(problem, batch=problem.batch.select(keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_pairs", [None, 40])
+@pytest.mark.parametrize("objective", [smooth_local, coupled])
+def test_the_same_numbers_in_one_graph(dtype, n_pairs, objective):
+    problem = make_problem(dtype=dtype, n_pairs=n_pairs, softcap=20.0)
+    if objective is coupled:
+        problem = weighted(problem)
+    batch, head = problem.batch, problem.head
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(hidden):
+        out = linear_policy_loss(hidden * 1.0, head, batch, objective)
+        return out.loss * 2.0, out.logp, out.computed
+
+    loss, logp, computed = compiled(problem.hidden)
+    want = linear_policy_loss(problem.hidden, head, batch, objective, plan=Plan("recompute"))
+    torch.testing.assert_close(loss, want.loss * 2.0)
+    torch.testing.assert_close(logp, want.logp, equal_nan=True)
+    assert torch.equal(computed, want.computed)
+    for ours, true in zip(
+        gradients(loss / 2.0, problem), gradients(want.loss, problem), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, true, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+        )
+
+
+def loss_of(hidden, weight, targets, weights, advantages, logp_old, coefficient):
+    from rollfuse import TokenBatch
+
+    batch = TokenBatch(
+        targets, weights, advantages, logp_old, scalars={"entropy_coef": coefficient}
+    )
+    return linear_policy_loss(hidden, Head(weight), batch, grpo(entropy_coef=0.5)).loss
+
+
+def test_one_graph_for_any_length_and_coefficient():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=counter)
+    weight = torch.randn(97, 8, requires_grad=True)
+    for n in (6, 11, 64, 3):
+        for coefficient in (0.0, 0.3):
+            hidden = torch.randn(n, 8, requires_grad=True)
+            arguments = (
+                hidden, weight, torch.randint(97, (n,)), torch.rand(n), torch.randn(n),
+                -torch.rand(n), torch.tensor(coefficient),
+            )  # fmt: skip
+            ours, want = compiled(*arguments), loss_of(*arguments)
+            torch.testing.assert_close(ours, want)
+            for one, other in zip(
+                torch.autograd.grad(ours, (hidden, weight)),
+                torch.autograd.grad(want, (hidden, weight)),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_scores_and_logits_in_one_graph():
+    logits = torch.randn(12, 50, requires_grad=True)
+    problem = make_problem(n_rows=12, vocabulary=50)
+    rows = torch.tensor([0, 0, 3, 5, 5, 11])
+    targets = torch.randint(50, (6,))
+    temperature = torch.tensor([1.0, 0.5, 1.0, 0.7, 0.7, 1.2])
+
+    def both(logits, hidden):
+        found = logp_entropy(logits, targets, rows=rows, temperature=temperature)
+        scored = linear_logp_entropy(hidden, problem.head, targets, rows=rows)
+        loss = policy_loss(logits, problem.batch, smooth_local).loss
+        return found.logp.sum() + 0.3 * found.entropy.sum() + scored.logp.sum() + loss
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    leaves = (logits, *problem.leaves)
+    ours, want = compiled(logits, problem.hidden), both(logits, problem.hidden)
+    torch.testing.assert_close(ours, want)
+    for one, other in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_coupled_objectives_need_every_pair():
+    problem = make_problem()
+    compiled = torch.compile(
+        lambda hidden: linear_policy_loss(hidden, problem.head, problem.batch, gspo()).loss,
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="coupled objective"):
+        compiled(problem.hidden)
+
+
+def test_what_compile_cannot_serve_is_refused():
+    problem = make_problem()
+
+    @torch.compile(backend="aot_eager")
+    def held(hidden):
+        plan = Plan("hold")
+        return linear_policy_loss(hidden, problem.head, problem.batch, smooth_local, plan=plan).loss
+
+    with pytest.raises(Exception, match="under torch.compile"):
+        held(problem.hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    problem = make_problem(n_pairs=40, dtype=dtype)
+    batch = problem.batch
+    arguments = (
+        problem.hidden, problem.weight, problem.bias, batch.targets, batch.rows,
+        batch.temperature, batch.weights != 0, 1.3, 20.0, dtype, None,
+    )  # fmt: skip
+    torch.library.opcheck(registered.linear_scores, arguments)
+    bare = (problem.hidden[:24], problem.weight, None, batch.targets[:24], None,
+            batch.temperature[:24], None, 1.0, None, dtype, None)  # fmt: skip
+    torch.library.opcheck(registered.linear_scores, bare)
+    logits = torch.randn(24, 301, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(
+        registered.logit_scores,
+        (logits, batch.targets, batch.rows, batch.temperature, batch.weights != 0),
+    )
