@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "head": "the fused head against its rivals and the bare GEMMs",
     "table": "stored results of head and gpu as tables",
+    "demo": "does the demo learn, how fast, and do its controls not",
     "loop": "the GRPO loop against TRL's trainer",
     "gpu": "check every kernel on this GPU, then benchmark, in one go",
     "portability": "every Triton kernel compiled for GPUs that are not here",

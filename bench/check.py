@@ -47,10 +47,11 @@ Errors = dict[str, float]
 def errors(got: Outcome, true: Outcome) -> Errors:
     """Errors by name.
 
-    `loss`: relative. `logp`, `entropy`: maximum, in nats. `dhidden`, `dweight`: relative, in the
-    Frobenius norm; with `_row`: the largest error of a row over that row's norm, or over the root
-    mean square of all row norms where that is larger; with `_rounding` and `_row_rounding`: what
-    rounding the true gradient to the dtype of the returned one costs in these two.
+    `loss`: relative where it is above 1. `logp`, `entropy`: maximum, in nats. `dhidden`,
+    `dweight`: relative, in the Frobenius norm; with `_row`: the largest error of a row over that
+    row's norm, or over the root mean square of all row norms where that is larger; with `_rounding`
+    and `_row_rounding`: what rounding the true gradient to the dtype of the returned one costs in
+    these two.
     A quantity the provider does not return has no entry.
     """
     found = {"loss": _scalar_error(got.loss, true.loss)}

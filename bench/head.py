@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from rollfuse.bench import check, measure, plots, report
 from rollfuse.bench.cases import (
     HEADLINE,
     HIDDEN,
+    N_SEQUENCES,
     TOKEN_LOCAL,
     TOKENS,
     VARIANTS,
@@ -175,7 +177,19 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 def main(argv: list[str]) -> int:
     """Run the benchmark; 1 if our own result failed its check anywhere, else 0."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    numbers = [*options.tokens, *options.hidden, *options.vocab, options.repeats]
+    if options.threads is not None:
+        numbers.append(options.threads)
+    if min(numbers) < 1:
+        parser.error(f"need numbers of at least 1, got {min(numbers)}")
+    bad = [t for t in options.tokens if t % N_SEQUENCES or t < 2 * N_SEQUENCES]
+    if bad:
+        least = 2 * N_SEQUENCES
+        parser.error(f"--tokens: need multiples of {N_SEQUENCES} from {least} on, got {bad}")
+    if options.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot: need matplotlib, from the extra rollfuse[bench]")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -113,10 +113,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the comparison; 2 if what it needs is not installed."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if min(options.steps, options.measure_every) < 1:
+        parser.error("--steps and --measure-every: need at least 1")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: need matplotlib, from the extra rollfuse[bench]")
     missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
     if missing and not options.ours_only:
-        print(f"bench loop needs {', '.join(missing)}; or say --ours-only", file=sys.stderr)
+        names = ", ".join(missing)
+        print(f"bench loop needs {names}: rollfuse[rivals]; or say --ours-only", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     importlib.import_module("transformers.utils.logging").disable_progress_bar()

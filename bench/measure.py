@@ -187,7 +187,8 @@ def _peak_of_trace(profile: torch.profiler.profile) -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory one may still take, None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
@@ -199,6 +200,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 # -- provenance -----------------------------------------------------------------------------
 
+_RESULTS = ":(top,exclude)bench/results"
 _PACKAGES = ("torch", "triton", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
 
 
@@ -269,7 +271,9 @@ def _commit() -> str | None:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    # Results are not what was measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", _RESULTS)
+    return commit + ("+" if changed else "")
 
 
 def write_json(path: Path, data: Mapping[str, object]) -> None:

@@ -24,7 +24,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     drawn: list[dict[str, Any]] = []
     for path in options.files:
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: need a result of head or gpu, got {error}")
         if "rows" not in result:
             parser.error(f"{path}: need a result with rows, got keys {', '.join(result)}")
         print(f"{report.heading(result)}\n{tables(result['rows'])}\n")

@@ -45,7 +45,8 @@ def make_inputs(  # noqa: PLR0913
         head.scale,
         head.softcap,
     )
-    return Inputs(hidden.detach(), detached, operand, layout, layout.pick(targets.long()), of_slots)
+    picked = safe_targets(layout.pick(targets.long()), head.vocabulary)
+    return Inputs(hidden.detach(), detached, operand, layout, picked, of_slots)
 
 
 def describe(  # noqa: PLR0913
@@ -75,6 +76,11 @@ def describe(  # noqa: PLR0913
         bias=head.bias is not None,
         softcap=head.softcap is not None,
     )
+
+
+def safe_targets(targets: Tensor, vocabulary: int) -> Tensor:
+    """Device targets inside the vocabulary: one outside is flagged, and must not fault before."""
+    return targets if targets.device.type == "cpu" else targets.clamp(0, vocabulary - 1)
 
 
 def need_targets_below(targets: Tensor, vocabulary: int) -> None:

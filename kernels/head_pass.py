@@ -120,7 +120,7 @@ class HeadPass:
         dtype = gemm.gradient_dtype(space.device, self.inputs.operand)
         scale = None
         if dtype == torch.float16:
-            largest = torch.maximum(coefficients.alpha.abs().max(), coefficients.value.abs().max())
+            largest = coefficients.bound()
             scale = torch.exp2(10.0 - torch.log2(largest.clamp_min(2.0**-40)).ceil())
             coefficients = coefficients.times(scale)
         out = space

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rollfuse.kernels.arguments import safe_targets
 from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
 from rollfuse.kernels.layout import Layout
 from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
@@ -56,7 +57,7 @@ def view_of_logits(
         Transform(factor),
         layout.rows,
         layout.slot,
-        layout.pick(targets.long()),
+        safe_targets(layout.pick(targets.long()), logits.shape[1]),
         layout.one_per_slot,
     )
 

@@ -16,7 +16,7 @@ returned gradients:
     chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
 with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
-two buffers of 2 MiB or one row each (three under a bias or softcap), in the PyTorch path; slab: at
+two buffers of at most 2 MiB or one row each (three under a bias or softcap), PyTorch path; slab: at
 most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
 accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`, and in
 `hold` V' w bytes (half operands: 2 V and the block maxima) a row held. Narrow weight gradients are
@@ -25,6 +25,7 @@ made when the chunk is gone, so V D w is the least.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -72,6 +73,9 @@ class Plan:
                 f"dropped: need one of {', '.join(get_args(Dropped))}, got {self.dropped!r}"
             )
         if self.budget_bytes is not None:
+            if not isinstance(self.budget_bytes, int):
+                got = type(self.budget_bytes).__name__
+                raise TypeError(f"budget_bytes: need an int or None, got {got}")
             checks.need(self.budget_bytes > 0, "budget_bytes", "a value > 0", self.budget_bytes)
 
 
@@ -127,22 +131,26 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
         ValueError: the requested kind is not legal here, or the budget is too small.
     """
     kind, reason = _choose_kind(problem, plan.kind)
-    fixed, a_row = _fixed_bytes(problem, kind), _row_bytes(problem)
     handing_over = _handing_over_bytes(problem)
+
+    def needed(rows: int) -> int:
+        return _fixed_bytes(problem, kind) + _chunk_bytes(problem, rows)
+
     rows = max(1, min(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512)))
     if plan.budget_bytes is not None:
-        least = max(fixed + min(_LEAST_ROWS, rows) * a_row, handing_over)
+        few = min(_LEAST_ROWS, rows)
+        least = max(needed(few), handing_over)
         checks.need(
             plan.budget_bytes >= least,
             "budget_bytes",
-            f"at least {least} bytes for the {kind} plan ({fixed} fixed, {a_row} a row)",
+            f"at least {least} bytes for the {kind} plan in chunks of {few} rows",
             plan.budget_bytes,
         )
-        rows = min(rows, (plan.budget_bytes - fixed) // a_row)
+        rows = bisect_right(range(rows + 1), plan.budget_bytes, key=needed) - 1
     n_chunks = -(-problem.n_slots // rows)
     if n_chunks:
         rows = -(-problem.n_slots // n_chunks)
-    peak, held = fixed + rows * a_row, 0
+    peak, held = needed(rows), 0
     if kind == "hold":
         held = _holdable(problem, plan, room=peak)
         peak += held * held_row_bytes(problem)
@@ -212,28 +220,28 @@ def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
     return "hold", "derivatives are known only after all rows: what logits come from is held"
 
 
-def _row_bytes(problem: Problem) -> int:
-    """Bytes that grow with the rows of a chunk: its logits, its hidden rows, their gradient."""
+def _chunk_bytes(problem: Problem, rows: int) -> int:
+    """Bytes of a chunk: its logits, its hidden rows, their gradient, and a block or slab."""
     rows_of_hidden = 1 + int(problem.needs_hidden)
     stride = row_stride(problem.vocabulary, problem.device)
-    return problem.item * (stride + rows_of_hidden * problem.width)
+    own = problem.item * rows * (stride + rows_of_hidden * problem.width)
+    if gradient_dtype(problem.device, problem.operand) != compute_dtype(problem.operand):
+        # Products at the half type's own rate: the whole weight is rounded once, if it must be.
+        same = problem.weight_dtype == problem.operand
+        weights = problem.vocabulary * problem.width
+        return own + (0 if same else weights * problem.operand.itemsize)
+    # Blocks serve the passes over logits, slabs the products: never both at once.
+    has_third = problem.bias or problem.softcap
+    blocks = Scratch.n_bytes(rows, problem.vocabulary, problem.item, has_third=has_third)
+    slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
+    return own + max(blocks, slab)
 
 
 def _fixed_bytes(problem: Problem, kind: Kind) -> int:
-    """Bytes that do not: a block or slab, accumulators above what is returned, vectors."""
-    item, wide = problem.item, compute_dtype(problem.operand)
+    """Bytes that do not depend on chunks: accumulators above what is returned, vectors."""
+    item = problem.item
     weights = problem.vocabulary * problem.width
-    if gradient_dtype(problem.device, problem.operand) != wide:
-        # Products at the half type's own rate: the whole weight is rounded once, if it must be.
-        same = problem.weight_dtype == problem.operand
-        total = 0 if same else weights * problem.operand.itemsize
-    else:
-        # Blocks serve the passes over logits, slabs the products: never both at once.
-        blocks = Scratch.n_bytes(
-            problem.vocabulary, item, has_third=problem.bias or problem.softcap
-        )
-        slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
-        total = max(blocks, slab)
+    total = 0
     if problem.needs_weight:
         # The narrow gradient is made last, when the chunk is gone.
         total += weights * (item - min(item, problem.weight_dtype.itemsize))

@@ -8,6 +8,7 @@ P pairs, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,11 @@ class RowCoefficients(NamedTuple):
     slot: Tensor  # (P,) int64
     column: Tensor  # (P,) int64
     value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are
+
+    def bound(self) -> Tensor:
+        """() at least the largest |gradient|: exp(x) |x| is at most 1 / e below the maximum."""
+        largest = torch.maximum(self.alpha.abs().max(), self.value.abs().max())
+        return largest if self.beta is None else largest + self.beta.abs().max() / math.e
 
     def times(self, scale: Tensor) -> RowCoefficients:
         """Those of a gradient `scale` times as large."""

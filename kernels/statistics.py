@@ -104,7 +104,8 @@ def first_argmax(scores: Tensor) -> Tensor:
     if in_groups == n_cols:
         return column
     last, tail_column = scores[:, in_groups:].max(1)
-    return torch.where(last <= best, column, tail_column + in_groups)
+    in_tail = (last > best) | (last.isnan() & ~best.isnan())
+    return torch.where(in_tail, tail_column + in_groups, column)
 
 
 class Scratch:
@@ -125,9 +126,10 @@ class Scratch:
             yield start, min(start + self.block_rows, n_slots)
 
     @staticmethod
-    def n_bytes(width: int, itemsize: int, *, has_third: bool) -> int:
-        """Bytes of the buffers for rows of `width` columns."""
-        return (2 + has_third) * max(width, _BLOCK_ELEMENTS // max(width, 1) * width) * itemsize
+    def n_bytes(n_slots: int, width: int, itemsize: int, *, has_third: bool) -> int:
+        """Bytes of the buffers for `n_slots` rows of `width` columns."""
+        block_rows = max(1, min(n_slots, _BLOCK_ELEMENTS // max(width, 1)))
+        return (2 + has_third) * block_rows * width * itemsize
 
 
 def prepare(logits: Tensor, transform: Transform, scratch: Scratch) -> Tensor:

@@ -80,10 +80,10 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def need_filled(cache: DynamicCache, n_tokens: int, model: nn.Module) -> None:
-    """Raise RuntimeError if the model has not written `n_tokens` tokens into the cache it got."""
+    """Raise TypeError if the model has not written `n_tokens` tokens into the cache it got."""
     held = cache.get_seq_length()
     if held != n_tokens:
-        raise RuntimeError(
+        raise TypeError(
             f"model: need one that fills the cache it is given, got {held} of {n_tokens} tokens "
             f"from {type(model).__name__}"
         )

@@ -144,7 +144,7 @@ def hidden_rows(model: PreTrainedModel, packed: Packed) -> Tensor:
 
     Raises:
         TypeError: the model has no LM head or no key-value cache; see `hidden_rows_padded`.
-        RuntimeError: the model does not fill the cache it is given.
+        TypeError: the model does not fill the cache it is given.
     """
     need_causal_lm(model)
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
@@ -315,10 +315,12 @@ def _decode(
     device: torch.device,
 ) -> Tensor:
     """Last hidden states (rows, length, D); a cache takes part in the graph and is extended."""
+    cached: dict[str, object] = {"use_cache": False}
+    if cache is not None:
+        cached = {cache_argument(forward_arguments(decoder)): cache, "use_cache": True}
     out = decoder(
         input_ids=ids.to(device, non_blocking=True),
-        use_cache=cache is not None,
-        **{cache_argument(forward_arguments(decoder)): cache},
+        **cached,
         **{name: value.to(device, non_blocking=True) for name, value in padding.items()},
     )
     hidden: Tensor = out.last_hidden_state

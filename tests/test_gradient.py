@@ -4,9 +4,15 @@ import pytest
 import torch
 from check import assert_no_worse
 
-from rollfuse.kernels.gradient import Targets, row_coefficients, row_gradient
+from rollfuse.kernels.gradient import (
+    Targets,
+    row_coefficients,
+    row_gradient,
+    row_gradient_from_exponentials,
+)
+from rollfuse.kernels.held import n_held_blocks
 from rollfuse.kernels.rows import Transform
-from rollfuse.kernels.statistics import row_statistics, target_logp, target_shift
+from rollfuse.kernels.statistics import Exponentials, row_statistics, target_logp, target_shift
 
 pytestmark = pytest.mark.kernels
 
@@ -78,3 +84,34 @@ def test_a_narrow_gradient_takes_the_first_half_of_its_own_row(dtype):
     row_gradient(workspace, *args, out)
     step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
     assert ((out.float() - want).abs() <= want.abs() * step + 1e-7).all()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("rows", [None, [4, 0, 2]])
+def test_from_exponentials_as_from_logits(entropy, rows):
+    """In another order than they were kept in, past several blocks, with far columns among them."""
+    logits = torch.randn(5, 5001) * 4
+    logits[:, ::3] = -torch.inf
+    logits[2, 4000] = 90.0
+    transform = Transform(torch.rand(5) + 0.5)
+    blocks = n_held_blocks(5001, logits.device)
+    keep = Exponentials(torch.empty(5, 5001, dtype=torch.bfloat16), torch.empty(5, blocks))
+    row_statistics(logits, transform, keep=keep)
+    order = torch.arange(5) if rows is None else torch.tensor(rows)
+    part, transform = logits[order], Transform(transform.factor[order])
+    stats = row_statistics(part, transform)
+    slot = torch.arange(len(order))
+    column = slot * 300 + 1
+    pre, shifted = target_shift(part, stats, transform, (slot, slot, column))
+    targets = Targets(slot, column, pre, target_logp(stats, shifted, slot, column), True)
+    dentropy = torch.randn(len(order)) if entropy else None
+    coefficients = row_coefficients(stats, transform, targets, torch.randn(len(order)), dentropy)
+    want = row_gradient(part, transform, stats, coefficients, torch.empty_like(part))
+    keep = keep._replace(rows=None if rows is None else order)
+    found = row_gradient_from_exponentials(
+        keep, transform, stats, coefficients, torch.full_like(part, torch.nan)
+    )
+    # The error of an exponential is 2^-9 of it, and as much in nats where the entropy asks for it.
+    for one, other in zip(found, want, strict=True):
+        assert (one - other).norm() <= 4e-3 * other.norm()
+    assert torch.equal(found[slot, column], want[slot, column])

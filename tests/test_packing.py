@@ -197,7 +197,7 @@ def test_a_model_that_ignores_its_cache_is_refused():
     model = tiny_qwen3()
     decoder, forward = model.model, model.model.forward
     decoder.forward = lambda past_key_values, use_cache, **kw: forward(use_cache=False, **kw)
-    with pytest.raises(RuntimeError, match="got 0 of 5 tokens from Qwen3ForCausalLM"):
+    with pytest.raises(TypeError, match="got 0 of 5 tokens from Qwen3ForCausalLM"):
         hidden_rows(model, pack_rollout(rollout()))
 
 

@@ -202,8 +202,19 @@ def test_wrong_types_are_refused(changes: dict[str, object]) -> None:
         Config(**changes)
 
 
+@pytest.fixture
+def live_signals():
+    """SIGINT and SIGTERM as a terminal leaves them; a job in the background may ignore them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_wait_while_held(number: signal.Signals) -> None:
+def test_signals_wait_while_held(number: signal.Signals, live_signals: None) -> None:
     reached = False
     before = signal.getsignal(number)
     with Interrupts() as interrupts:
@@ -219,3 +230,10 @@ def test_signals_wait_while_held(number: signal.Signals) -> None:
         interrupts.release()  # the signal counted once
     assert reached
     assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored(live_signals: None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as nohup does with SIGHUP
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN

@@ -4,8 +4,11 @@ import pytest
 import torch
 from check import assert_close
 
+from rollfuse.kernels.held import n_held_blocks
 from rollfuse.kernels.rows import Transform
 from rollfuse.kernels.statistics import (
+    Exponentials,
+    first_argmax,
     row_entropy,
     row_statistics,
     target_logp,
@@ -134,3 +137,42 @@ def test_dead_and_nan_rows():
 def test_no_rows():
     stats = row_statistics(torch.randn(3, 9), Transform(torch.ones(0)), torch.empty(0).long())
     assert stats.top.shape == (0,)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 200, 1000])
+def test_the_lowest_of_equal_maxima_and_any_nan(vocabulary):
+    """Ties inside a group of columns, between groups, and between the groups and the rest."""
+    scores = torch.zeros(40, vocabulary)
+    columns = torch.randint(vocabulary, (40, 3))
+    scores.scatter_(1, columns, 1.0)
+    assert torch.equal(first_argmax(scores), columns.amin(1))
+    poisoned = scores.scatter(1, columns[:, :1], torch.nan)
+    assert poisoned[torch.arange(40), first_argmax(poisoned)].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["peaked", "low", "masked", "ascending"])
+def test_exponentials_are_kept_relative_to_block_maxima(kind):
+    """To bfloat16's 2^-8, twice that in the interpreter, which truncates where a GPU rounds."""
+    width = 9001
+    logits = logits_of(kind, 5, width)
+    blocks = n_held_blocks(width, logits.device)
+    keep = Exponentials(
+        torch.full((5, width), torch.nan, dtype=torch.bfloat16), torch.full((5, blocks), torch.nan)
+    )
+    transform = Transform(torch.rand(5) + 0.5)
+    stats = row_statistics(logits, transform, keep=keep)
+    plain = row_statistics(logits, transform)
+    for one, other in zip(stats, plain, strict=True):
+        assert torch.equal(one, other)
+    size = -(-width // blocks)
+    if blocks > 1:  # the kernels' blocks are powers of two
+        size = 1 << (size - 1).bit_length()
+    z = logits.double() * transform.factor.double().unsqueeze(1)
+    for b in range(blocks):
+        part = slice(b * size, (b + 1) * size)
+        tops = logits[:, part].amax(1)
+        assert torch.equal(keep.tops[:, b], tops)
+        want = (z[:, part] - tops.double().unsqueeze(1) * transform.factor.unsqueeze(1)).exp()
+        want = want.nan_to_num(0.0)  # a block of -inf
+        error = (keep.values[:, part].double() - want).abs()
+        assert (error <= want * 2.0**-7 + 1e-38).all()

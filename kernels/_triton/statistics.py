@@ -46,7 +46,7 @@ def _statistics_kernel(
         )
         if KEEP:
             e = tl.exp(shift(g, block_top, f))
-            tl.store(exps + slot * n_cols + cols, e.to(exps.dtype.element_ty), inside)
+            tl.store(exps + slot * n_cols + cols, e, inside)
             tl.store(tops + slot * tl.cdiv(n_cols, BLOCK) + start // BLOCK, block_top)
     tl.store(top + slot, m)
     tl.store(index + slot, m_col)

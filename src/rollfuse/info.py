@@ -14,6 +14,7 @@ from rollfuse.kernels.dispatch import backend, this_machine
 _EXTRAS = {
     "grpo": ("transformers", "safetensors", "math-verify", "rich", "tensorboard"),
     "bench": ("matplotlib", "pytest-benchmark"),
+    "rivals": ("trl", "liger-kernel", "cut-cross-entropy"),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "build"),
 }
 

@@ -127,7 +127,7 @@ def _step(session: Session, interrupts: Interrupts) -> tuple[Metrics, list[dict[
     step_batch = _step_batch(session, rollout, rewards)
     metrics: Metrics = {"step": progress.step + 1, **_describe(rollout, rewards, step_batch)}
     updates = []
-    groups = torch.arange(config.prompts_per_step).chunk(config.minibatches)
+    groups = torch.arange(config.prompts_per_step).tensor_split(config.minibatches)
     for chosen in groups:
         minibatch = step_batch.select(torch.isin(rollout.prompt_index, chosen))
         found = accumulate(session.policy, minibatch, config)

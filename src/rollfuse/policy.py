@@ -230,7 +230,8 @@ def load_policy(folder: str | Path) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    # RuntimeError: weights of other shapes than the config's.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         need = "a causal LM with its tokenizer, as save_pretrained writes them"
         raise ValueError(f"model {folder}: need {need}, got: {error}") from error
     has_end = tokenizer.eos_token_id is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 
 try:
@@ -48,8 +49,10 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        # A path must stay in one piece, whatever the width of the window.
-        self._console.print(text, markup=False, soft_wrap=True)
+        # A terminal that is gone must neither end a run nor hide what ended it.
+        with suppress(OSError, ValueError):
+            # A path must stay in one piece, whatever the width of the window.
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""

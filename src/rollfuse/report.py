@@ -38,7 +38,7 @@ def write_report(
 
     Args:
         metrics: one record a step, as in metrics.jsonl.
-        samples: responses, as in samples.jsonl: step, prompt, answer, response, reward, tokens
+        samples: responses, as in samples.jsonl: step, prompt, answer, reward, tokens
             (texts), logp (nats).
     """
     title = f"rollfuse - {Path(config.data).stem if config.data else config.task}"

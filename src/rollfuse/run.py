@@ -97,7 +97,7 @@ class RunDirectory:
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The lines of `metrics` or `samples`."""
-        return _lines(self.path / f"{name}.jsonl")
+        return read_records(self.path / f"{name}.jsonl")
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint, whole or not at all, and drop those older than the last few."""
@@ -143,7 +143,8 @@ def need_free(path: str | Path) -> None:
 
 def checkpoints(path: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((path / "checkpoints").glob("step-*"))
+    found = (path / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def last_checkpoint(path: Path) -> Path | None:
@@ -216,7 +217,9 @@ class Interrupts:
             # Windows has no SIGHUP, which a closed terminal sends.
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
             for number in {signal.SIGINT, signal.SIGTERM, hangup}:
-                self._before[number] = signal.signal(number, self._arrive)
+                # What nohup or a shell's `&` has switched off stays off.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._arrive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,7 +260,8 @@ def _append(path: Path, records: Sequence[Mapping[str, object]]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file that are whole; none if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text("utf-8").splitlines()
@@ -273,7 +277,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    kept = [record for record in _lines(path) if record["step"] <= step]
+    kept = [record for record in read_records(path) if record["step"] <= step]
     _replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

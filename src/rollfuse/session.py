@@ -231,6 +231,9 @@ def _device(config: Config) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device: need a device such as cpu or cuda, got {name!r}") from error
     usable = device.type == "cpu" or (device.type == "cuda" and chosen == "cuda")
+    if usable and device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        checks.need(device.index < count, "--device", f"one of {count} devices", name)
     checks.need(usable, "--device", f"cpu or one of the backend ({backend.name})", name)
     return device
 
