@@ -187,10 +187,8 @@ def _liger_scores(inputs: Inputs) -> dict[str, Step]:
     return {"active rows": _step_of(inputs, scores)}
 
 
-# GSPO, with the band of `gspo`, is an option of Liger's GRPO loss.
-_LIGER_RATIOS: dict[str, dict[str, Any]] = {
-    "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
-}
+# GSPO is an option of Liger's GRPO loss, whose band is 0.2 by default.
+_LIGER_RATIOS: dict[str, dict[str, Any]] = {"gspo": {"importance_sampling_level": "sequence"}}
 
 
 def _liger_grpo(inputs: Inputs) -> dict[str, Step]:

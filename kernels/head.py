@@ -40,10 +40,10 @@ class Head:
             checks.need_float(self.bias, "bias")
             checks.need_shape(self.bias, (self.weight.shape[0],), "bias", "one a token id")
             checks.need_same_device(self.bias, self.weight, "bias", "weight")
-        good = math.isfinite(self.scale) and self.scale > 0
+        good = 0.0 < self.scale < math.inf
         checks.need(good, "scale", "a finite value > 0", self.scale)
         if self.softcap is not None:
-            good = math.isfinite(self.softcap) and self.softcap > 0
+            good = 0.0 < self.softcap < math.inf
             checks.need(good, "softcap", "a finite value > 0, or None", self.softcap)
 
     @property

@@ -11,7 +11,6 @@ and the rounding is most of what is left. Such rows are recomputed where an entr
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,9 +24,9 @@ from rollfuse.kernels.statistics import Exponentials, row_entropy
 if backend.name != "cpu":
     from rollfuse.kernels._triton.rows import launch_parameters
 
-# Entropies this near to the logarithm of the vocabulary's size belong to flat rows: log V - H is
-# about half the variance of the logits, and at a deviation of 1 the error is 0.25 %.
-_FLAT_NATS = 0.5
+# A row is flat if its mass lies near its maximum, in nats on average, on more than a token or two:
+# logits of deviation s lie about s sqrt(2 log V) below it, and at s = 1 the error is 0.25 %.
+_NEAR_NATS, _SPREAD_NATS = 2.0, 0.5
 
 
 class Held(NamedTuple):
@@ -68,6 +67,7 @@ def new_held(n_slots: int, vocabulary: int, operand: torch.dtype, device: torch.
     )
 
 
-def too_flat(stats: RowStatistics, vocabulary: int) -> Tensor:
+def too_flat(stats: RowStatistics) -> Tensor:
     """(S,) bool: rows whose held exponentials do not serve the gradient of an entropy."""
-    return row_entropy(stats) > math.log(vocabulary) - _FLAT_NATS
+    near = stats.spread / (1.0 + stats.rest) < _NEAR_NATS
+    return near & (row_entropy(stats) > _SPREAD_NATS)

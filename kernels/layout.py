@@ -44,9 +44,7 @@ class Layout:
 
     def chunks(self, chunk_rows: int) -> Iterator[Chunk]:
         """Runs of at most `chunk_rows` slots, as even as can be."""
-        n_chunks = -(-self.n_slots // chunk_rows) if self.n_slots else 0
-        for i in range(n_chunks):
-            start, stop = self.n_slots * i // n_chunks, self.n_slots * (i + 1) // n_chunks
+        for start, stop in chunk_borders(self.n_slots, chunk_rows):
             first, last = start, stop
             if self.starts is not None:
                 first, last = int(self.starts[start]), int(self.starts[stop])
@@ -98,6 +96,13 @@ class Layout:
             return values
         out = values.new_full((n_pairs,), fill)
         return out.index_copy_(0, self.pairs, values)
+
+
+def chunk_borders(n_slots: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of runs of at most `chunk_rows` slots, as even as can be."""
+    n_chunks = -(-n_slots // chunk_rows)
+    for i in range(n_chunks):
+        yield n_slots * i // n_chunks, n_slots * (i + 1) // n_chunks
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,16 @@
 
     plan       legal for                                      FLOPs        held until backward
     fused      token-local objectives                         6TDV (4TDV)  the gradients themselves
-    unit       any objective, head without gradient           4TDV         (T, D) unit gradients
+    unit       any objective, head without gradient           4TDV *       (T, D) unit gradients
     hold       any objective                                  6TDV (4TDV)  what logits come from
     recompute  any objective                                  8TDV (6TDV)  statistics
 
-T rows with an active pair, D width, V vocabulary; in brackets: head without gradient. `hold` keeps
-the logits of as many rows as may be held, or under half operands their exponentials in bfloat16
-(relative to the row's maximum they lose 2^-9; rounded logits would lose that many nats), and
-recomputes the others. The two-phase plans leave rows whose derivatives are all 0 out of the
-gradients. One chunk of `chunk_rows` rows of logits exists at a time. Peak bytes above inputs and
-returned gradients:
+T rows with an active pair, D width, V vocabulary; in brackets: head without gradient; * 8TDV where
+an entropy has a gradient, which unit gradients do not serve. `hold` keeps the logits of whole
+chunks as long as there is room, or under half operands their exponentials in bfloat16 (which loses
+2^-9 of them, where rounded logits would be off by that many nats), and recomputes the others. The
+two-phase plans leave rows whose derivatives are all 0 out of the gradients. One chunk of
+`chunk_rows` rows of logits exists at a time. Peak bytes above inputs and returned gradients:
 
     chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
 
@@ -34,6 +34,7 @@ import torch
 from rollfuse.kernels import checks
 from rollfuse.kernels.gemm import gradient_dtype, row_stride, slab_bytes
 from rollfuse.kernels.held import holds_logits, n_held_blocks
+from rollfuse.kernels.layout import chunk_borders
 from rollfuse.kernels.rows import compute_dtype
 from rollfuse.kernels.statistics import Scratch
 
@@ -44,8 +45,8 @@ Dropped = Literal["skip", "score"]
 # re-read the weight's gradient more often (measured on two cores: 256 rows cost 14 % more than
 # 512, 1024 cost 1 to 2 % less); more rows cost memory for nothing.
 _CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}
-# Bytes that may be held where no budget is given: what a machine of that kind can spare.
-_HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+# Bytes that may be held where no budget is given.
+_HELD_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 # A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
 _LEAST_ROWS = 16
 
@@ -109,7 +110,8 @@ class PlanReport:
 
     kind and reason; rows in a chunk and number of chunks; pairs, and those with a gradient; slots
     (rows at one temperature) computed, and those held until the backward; bytes above inputs and
-    returned gradients; FLOPs of the products, at most (a backward skips rows without derivatives).
+    returned gradients; FLOPs of the products, if every row has a derivative, and none to the
+    entropy in plan `unit` or from a flat row in `hold`.
     """
 
     kind: Kind
@@ -136,7 +138,7 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     def needed(rows: int) -> int:
         return _fixed_bytes(problem, kind) + _chunk_bytes(problem, rows)
 
-    rows = max(1, min(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512)))
+    rows = _even_rows(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512))
     if plan.budget_bytes is not None:
         few = min(_LEAST_ROWS, rows)
         least = max(needed(few), handing_over)
@@ -146,13 +148,12 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
             f"at least {least} bytes for the {kind} plan in chunks of {few} rows",
             plan.budget_bytes,
         )
-        rows = bisect_right(range(rows + 1), plan.budget_bytes, key=needed) - 1
+        most = bisect_right(range(rows + 1), plan.budget_bytes, key=needed) - 1
+        rows = _even_rows(problem.n_slots, most)
     n_chunks = -(-problem.n_slots // rows)
-    if n_chunks:
-        rows = -(-problem.n_slots // n_chunks)
     peak, held = needed(rows), 0
     if kind == "hold":
-        held = _holdable(problem, plan, room=peak)
+        held = _holdable(problem, plan, rows, room=peak)
         peak += held * held_row_bytes(problem)
         if not held and plan.kind is None:
             kind, reason = "recompute", "no room to hold a row: logits are made twice"
@@ -172,15 +173,25 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     )
 
 
-def _holdable(problem: Problem, plan: Plan, *, room: int) -> int:
-    """Slots that can be held beside the `room` bytes the rest of the pass takes."""
+def _even_rows(n_slots: int, most: int) -> int:
+    """Rows of a chunk, at most `most`, if chunks are as few and as even as can be; at least 1."""
+    n_chunks = max(1, -(-n_slots // most))
+    return max(1, -(-n_slots // n_chunks))
+
+
+def _holdable(problem: Problem, plan: Plan, chunk_rows: int, *, room: int) -> int:
+    """Slots of the chunks that can be held, whole, beside the `room` bytes the rest takes."""
+    if not (problem.needs_hidden or problem.needs_weight):
+        return 0
     if plan.budget_bytes is not None:
         bound = plan.budget_bytes - room
     elif plan.kind == "hold":
         return problem.n_slots
     else:
         bound = _HELD_BYTES.get(problem.device.type, 1 << 30)
-    return max(0, min(problem.n_slots, bound // held_row_bytes(problem)))
+    most = bound // held_row_bytes(problem)
+    stops = (stop for _, stop in chunk_borders(problem.n_slots, chunk_rows))
+    return max((stop for stop in stops if stop <= most), default=0)
 
 
 def held_row_bytes(problem: Problem) -> int:

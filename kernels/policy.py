@@ -42,6 +42,7 @@ from rollfuse.kernels.objective import (
     weighted_loss,
 )
 from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.registered import PLACEHOLDER_ENTROPY, PLACEHOLDER_LOGP
 from rollfuse.kernels.rows import LogpEntropy
 
 
@@ -64,13 +65,15 @@ class PolicyLoss:
     def check(self) -> None:
         """Raise ValueError if a value of the batch was wrong. Waits for the device.
 
-        Batches on the CPU are checked when they are built; on a device the test runs along with
-        the op, and under ROLLFUSE_CHECK=1 the ops call this themselves.
+        Batches on the CPU are checked when they are built; on a device, and under torch.compile,
+        the test runs along with the op. Elsewhere than under torch.compile the ops call this
+        themselves if ROLLFUSE_CHECK=1.
         """
         if bool(self.bad):
             raise ValueError(
                 "batch: need targets in [0, V), finite weights and advantages, log-probs that are "
-                "not NaN, temperatures > 0 and rows >= 0; got a value that is not"
+                "not NaN, temperatures > 0 and rows >= 0 (and under torch.compile no weight of 0 "
+                "for a coupled objective); got a value that is not"
             )
 
 
@@ -107,6 +110,8 @@ def linear_policy_loss(
         return _traced_result(scores, batch, objective, head.vocabulary)
     planned = _plan(hidden, head, batch, objective, plan)
     layout, report = planned.layout, planned.report
+    # First, while nothing is held yet: the budget is for either pass, not for both at once.
+    dropped = _score_dropped(hidden, head, batch, planned)
     inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     if report.kind == "fused":
         call = _Call(inputs, report, needed_gradients(hidden, head), batch, objective)
@@ -117,8 +122,8 @@ def linear_policy_loss(
     else:
         found = linear_over_layout(hidden, head, inputs, report)
         result = _loss_of_selected(found, batch, objective, layout, report, head.vocabulary)
-    if planned.dropped is not None:
-        result = _score_dropped(result, hidden, head, batch, *planned.dropped)
+    if dropped is not None:
+        result = _with_dropped(result, *dropped)
     return _checked(replace(result, diagnostics=planned.summary))
 
 
@@ -286,27 +291,41 @@ def _traced_result(
     scores: traced.TracedScores, batch: TokenBatch, objective: Objective, vocabulary: int
 ) -> PolicyLoss:
     """The objective over all pairs, as torch.compile traces it."""
-    loss = weighted_loss(objective, scores.logp, scores.entropy, batch)
+    counts = batch.weights != 0
+    # Behind a `where` what an objective makes of a pair that does not count cannot spread.
+    loss = weighted_loss(
+        objective,
+        torch.where(counts, scores.logp, PLACEHOLDER_LOGP),
+        torch.where(counts, scores.entropy, PLACEHOLDER_ENTROPY),
+        batch,
+    )
     logp, entropy = (
         torch.where(scores.computed, values.detach(), torch.nan)
         for values in (scores.logp, scores.entropy)
     )
     bad = batch.any_bad_value() | (batch.targets >= vocabulary).any()
+    if not isinstance(objective, TokenLocal):
+        # It would see them: leaving pairs out makes their number depend on the data.
+        extra = ~counts.all()
+        bad = bad | extra
+        loss = torch.where(extra, torch.nan, loss)
     return PolicyLoss(loss, logp, entropy, scores.computed, None, bad)
 
 
-def _score_dropped(  # noqa: PLR0913
-    result: PolicyLoss,
-    hidden: Tensor,
-    head: Head,
-    batch: TokenBatch,
-    layout: Layout,
-    report: PlanReport,
-) -> PolicyLoss:
-    """`result` with logp and entropy of the pairs that were not computed."""
+def _score_dropped(
+    hidden: Tensor, head: Head, batch: TokenBatch, planned: _Planned
+) -> tuple[Layout, LogpEntropy] | None:
+    """logp and entropy of the pairs without gradient, where they are asked for."""
+    if planned.dropped is None:
+        return None
+    layout, report = planned.dropped
     inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     with torch.no_grad():
-        found = linear_over_layout(hidden, head, inputs, report)
+        return layout, linear_over_layout(hidden, head, inputs, report)
+
+
+def _with_dropped(result: PolicyLoss, layout: Layout, found: LogpEntropy) -> PolicyLoss:
+    """`result` with logp and entropy of the pairs that were not computed."""
     assert layout.pairs is not None
     return replace(
         result,

@@ -6,12 +6,13 @@ objective's derivatives. No callable crosses an op's border, sizes stay symbolic
 serves any number of tokens. The gradients are those of plan `recompute`: nothing but the inputs is
 kept from one op to the other.
 
-A CUDA graph can capture an op only where it need not wait for the device, that is for all rows in
-order at one temperature; otherwise it refuses.
+Which rows are computed is worked out on the host, so no op can be captured in a CUDA graph. They
+say so: torch.compile leaves them out of its graphs, and a capture by hand is refused.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from rollfuse.kernels.arguments import describe, make_inputs, need_targets_below
 from rollfuse.kernels.head import Head
-from rollfuse.kernels.head_pass import Inputs
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.logits_pass import gradient_of_logits, score_logits, view_of_logits
-from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.plan import Plan, choose
 from rollfuse.kernels.rows import compute_dtype
 from rollfuse.kernels.two_phase import TwoPhase, gradients_anew, scores
 
@@ -30,8 +30,10 @@ from rollfuse.kernels.two_phase import TwoPhase, gradients_anew, scores
 # over all pairs, and 0 times infinity would spoil the gradients of the others.
 PLACEHOLDER_LOGP, PLACEHOLDER_ENTROPY = -1.0, 1.0
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("rollfuse::linear_scores", mutates_args=())
+
+@torch.library.custom_op("rollfuse::linear_scores", mutates_args=(), tags=_TAGS)
 def linear_scores(  # noqa: PLR0913  (an op takes tensors and numbers, not records)
     hidden: Tensor,
     weight: Tensor,
@@ -50,12 +52,13 @@ def linear_scores(  # noqa: PLR0913  (an op takes tensors and numbers, not recor
     temperature and selected: (P,); operand: the dtype the products' operands are rounded to.
     """
     head = Head(weight, bias, scale, softcap)
-    inputs, report = _planned(
-        hidden, head, targets, rows, temperature, selected, operand, budget_bytes
+    needs = (False, False, False)
+    call = _planned(
+        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, needs
     )
-    logp, entropy = scores(TwoPhase(inputs, report, (False, False, False)))
+    logp, entropy = scores(call)
     n_pairs = targets.shape[0]
-    layout = inputs.layout
+    layout = call.inputs.layout
     return (
         layout.spread(logp, n_pairs, PLACEHOLDER_LOGP),
         layout.spread(entropy, n_pairs, PLACEHOLDER_ENTROPY),
@@ -69,7 +72,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *res
     return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("rollfuse::linear_scores_backward", mutates_args=())
+@torch.library.custom_op("rollfuse::linear_scores_backward", mutates_args=(), tags=_TAGS)
 def linear_scores_backward(  # noqa: PLR0913
     dlogp: Tensor,
     dentropy: Tensor,
@@ -89,12 +92,13 @@ def linear_scores_backward(  # noqa: PLR0913
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (R, D), dweight (V, D), dbias (V,)) in their dtypes; empty where not needed."""
+    selected = _with_derivative(dlogp, dentropy, selected)
     head = Head(weight, bias, scale, softcap)
-    inputs, report = _planned(
-        hidden, head, targets, rows, temperature, selected, operand, budget_bytes
+    needs = (needs_hidden, needs_weight, needs_bias)
+    call = _planned(
+        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, needs
     )
-    call = TwoPhase(inputs, report, (needs_hidden, needs_weight, needs_bias))
-    pick = inputs.layout.pick
+    pick = call.inputs.layout.pick
     dx, dw, db = gradients_anew(call, pick(dlogp), pick(dentropy))
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
@@ -136,7 +140,7 @@ def _linear_backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> Any:
 linear_scores.register_autograd(_linear_backward, setup_context=_keep_for_backward)
 
 
-@torch.library.custom_op("rollfuse::logit_scores", mutates_args=())
+@torch.library.custom_op("rollfuse::logit_scores", mutates_args=(), tags=_TAGS)
 def logit_scores(
     logits: Tensor,
     targets: Tensor,
@@ -163,7 +167,7 @@ def _(logits: Tensor, targets: Tensor, *rest: Any) -> Any:
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("rollfuse::logit_scores_backward", mutates_args=())
+@torch.library.custom_op("rollfuse::logit_scores_backward", mutates_args=(), tags=_TAGS)
 def logit_scores_backward(  # noqa: PLR0913
     dlogp: Tensor,
     dentropy: Tensor,
@@ -174,20 +178,18 @@ def logit_scores_backward(  # noqa: PLR0913
     selected: Tensor | None,
 ) -> Tensor:
     """(R, V) gradient of the logits; reads them twice."""
+    selected = _with_derivative(dlogp, dentropy, selected)
     layout = _layout(logits, targets, rows, temperature, selected, logits.shape[1])
-    rows_of_copies = None
-    copies = logits
-    if not layout.unique_rows:
-        assert layout.rows is not None
-        rows_of_copies = layout.rows
-        copies, layout = logits[layout.rows], layout.with_a_row_each()
-    view = view_of_logits(copies, layout, targets, temperature)
-    pick = layout.pick
-    out = gradient_of_logits(view, score_logits(view), pick(dlogp), pick(dentropy), overwrite=False)
-    if rows_of_copies is None:
-        return out
+    of_logp, of_entropy = layout.pick(dlogp), layout.pick(dentropy)
+    if layout.unique_rows:
+        view = view_of_logits(logits, layout, targets, temperature)
+        return gradient_of_logits(view, score_logits(view), of_logp, of_entropy, overwrite=False)
+    assert layout.rows is not None
+    copies, a_row_each = logits[layout.rows], layout.with_a_row_each()
+    view = view_of_logits(copies, a_row_each, targets, temperature)
+    out = gradient_of_logits(view, score_logits(view), of_logp, of_entropy, overwrite=True)
     whole = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    return whole.index_add_(0, rows_of_copies, out)
+    return whole.index_add_(0, layout.rows, out)
 
 
 @logit_scores_backward.register_fake
@@ -207,6 +209,12 @@ def _logits_backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> Any:
 logit_scores.register_autograd(_logits_backward, setup_context=_keep_logits)
 
 
+def _with_derivative(dlogp: Tensor, dentropy: Tensor, selected: Tensor | None) -> Tensor:
+    """(P,) bool: the selected pairs whose derivatives are not both 0."""
+    wanted = (dlogp != 0) | (dentropy != 0)
+    return wanted if selected is None else wanted & selected
+
+
 def _planned(  # noqa: PLR0913
     hidden: Tensor,
     head: Head,
@@ -216,11 +224,17 @@ def _planned(  # noqa: PLR0913
     selected: Tensor | None,
     operand: torch.dtype,
     budget_bytes: int | None,
-) -> tuple[Inputs, PlanReport]:
+    needs: tuple[bool, bool, bool],
+) -> TwoPhase:
     layout = _layout(hidden, targets, rows, temperature, selected, head.vocabulary)
-    problem = describe(hidden, head, layout, targets.shape[0], operand)
+    problem = replace(
+        describe(hidden, head, layout, targets.shape[0], operand),
+        needs_hidden=needs[0],
+        needs_weight=needs[1] or needs[2],
+    )
     report = choose(problem, Plan("recompute", budget_bytes))
-    return make_inputs(hidden, head, layout, targets, temperature, operand), report
+    inputs = make_inputs(hidden, head, layout, targets, temperature, operand)
+    return TwoPhase(inputs, report, needs)
 
 
 def _layout(
@@ -232,11 +246,10 @@ def _layout(
     vocabulary: int,
 ) -> Layout:
     need_targets_below(targets, vocabulary)
-    waits = rows is not None or selected is not None
-    if waits and rows_of.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if rows_of.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "CUDA graph capture: need all rows in order (rows=None and no weight of 0), got a "
-            "selection, whose layout is worked out on the host"
+            "CUDA graph capture: need ops that leave the host out, got one of rollfuse, which "
+            "works out its rows there; leave it out of the captured region"
         )
     request = Request(targets.shape[0], rows_of.shape[0], rows, temperature, selected)
     return build_layout(request, rows_of.device)

@@ -84,17 +84,8 @@ def _selection(
     batch: TokenBatch, objective: Objective, *, everything: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(computed (P,), selected (P,) or None for all)."""
-    ones = torch.ones_like(batch.weights, dtype=torch.bool)
-    if not isinstance(objective, TokenLocal):
-        # Leaving pairs out would make the number of pairs depend on the data.
-        torch._assert_async(
-            (batch.weights != 0).all(),
-            "weights: need none of 0 for a coupled objective under torch.compile; drop those "
-            "pairs with batch.keep before, or declare the objective token-local",
-        )
-        return ones, None
-    if everything:
-        return ones, None
+    if everything or not isinstance(objective, TokenLocal):
+        return torch.ones_like(batch.weights, dtype=torch.bool), None
     active = active_pairs(objective, batch)
     return active, active
 
@@ -102,4 +93,4 @@ def _selection(
 def _of_pairs(temperature: Tensor | float, targets: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return temperature
-    return torch.full(targets.shape, temperature, dtype=torch.float32, device=targets.device)
+    return torch.full(targets.shape, temperature, dtype=torch.float64, device=targets.device)

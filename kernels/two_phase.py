@@ -99,7 +99,8 @@ class _TwoPhaseFunction(torch.autograd.Function):
 
 def scores(call: TwoPhase) -> tuple[Tensor, Tensor]:
     """(logp (A,), entropy (A,)) in layout order; nothing is kept."""
-    entropy, kept = _forward(call)
+    with torch.autocast(call.inputs.hidden.device.type, enabled=False):
+        entropy, kept = _forward(call)
     return kept.logp, entropy
 
 
@@ -107,21 +108,15 @@ def gradients_anew(
     call: TwoPhase, dlogp: Tensor, dentropy: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dW, dbias) of a layout's pairs (A,) by going through the logits again."""
-    inputs, chunk_rows = call.inputs, call.report.chunk_rows
-    wanted = _with_derivative(inputs.layout, dlogp, dentropy).cpu().numpy()
-    part = _part(inputs.layout, _worth_leaving_out(wanted), is_held=False)
+    inputs, layout = call.inputs, call.inputs.layout
     with torch.autocast(dlogp.device.type, enabled=False):
-        whole = part is not None and part.layout is inputs.layout and inputs.layout.rows is None
-        sink = GradientSink(inputs, call.needs, whole=whole)
-        if part is None:
-            return sink.collected()
-        run = HeadPass(_inputs_of(part, inputs), new_workspace(inputs, chunk_rows))
-        of_logp, of_entropy = dlogp[part.pairs], dentropy[part.pairs]
-        for chunk in part.layout.chunks(chunk_rows):
+        sink = GradientSink(inputs, call.needs, whole=layout.rows is None and layout.n_slots > 0)
+        run = HeadPass(inputs, new_workspace(inputs, call.report.chunk_rows))
+        for chunk in layout.chunks(call.report.chunk_rows):
             pairs = slice(chunk.first, chunk.last)
             logits = run.project(run.hidden_rows(chunk))
             scored = run.score(chunk, logits)
-            dz, scale = run.gradient(logits, scored, of_logp[pairs], of_entropy[pairs])
+            dz, scale = run.gradient(logits, scored, dlogp[pairs], dentropy[pairs])
             sink.add(run, chunk, dz, scale)
     return sink.collected()
 
@@ -134,7 +129,7 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
     unit, held = None, None
     if report.kind == "unit" and call.needs[0]:
         unit = run.workspace.new_empty((layout.n_slots, head.width))
-    n_held = _n_held(layout, report)
+    n_held = report.held_slots
     if n_held:
         held = new_held(n_held, head.vocabulary, inputs.operand, run.workspace.device)
     empty = run.workspace.new_empty(0)
@@ -156,12 +151,6 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
     joined = (torch.cat(parts) for parts in zip(*stats, strict=True))
     rows, tops = (None, None) if held is None else held
     return entropy, _Kept(unit, rows, tops, pre, logp, *joined)
-
-
-def _n_held(layout: Layout, report: PlanReport) -> int:
-    """The slots held: those of the chunks that the plan has room for, whole."""
-    stops = [chunk.stop for chunk in layout.chunks(report.chunk_rows)]
-    return max([stop for stop in stops if stop <= report.held_slots], default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +195,11 @@ def _parts(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) 
     n_held = 0 if kept.held is None else len(kept.held)
     is_held = torch.arange(layout.n_slots, device=dlogp.device) < n_held
     if kept.held_tops is not None and dentropy is not None:
-        is_held &= ~too_flat(kept.stats, call.inputs.head.vocabulary)
+        is_held &= ~too_flat(kept.stats)
     # The one transfer of a backward.
     wanted, held = torch.stack([_with_derivative(layout, dlogp, dentropy), is_held]).cpu().numpy()
-    wanted = _worth_leaving_out(wanted)
+    if wanted.sum() > _WORTH_LEAVING_OUT * len(wanted):
+        wanted[:] = True
     for chosen, from_held in ((wanted & held, True), (wanted & ~held, False)):
         part = _part(layout, chosen, is_held=from_held)
         if part is not None:
@@ -221,12 +211,6 @@ def _with_derivative(layout: Layout, dlogp: Tensor, dentropy: Tensor | None) -> 
     of_pairs = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
     of_slots = torch.zeros(layout.n_slots, dtype=torch.int32, device=dlogp.device)
     return of_slots.index_add_(0, layout.slot, of_pairs.int()) != 0
-
-
-def _worth_leaving_out(wanted: np.ndarray) -> np.ndarray:
-    """All slots, unless many are not wanted."""
-    few = wanted.sum() <= _WORTH_LEAVING_OUT * len(wanted)
-    return wanted if few else np.ones_like(wanted)
 
 
 def _part(layout: Layout, chosen: np.ndarray, *, is_held: bool) -> _Part | None:

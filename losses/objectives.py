@@ -211,7 +211,8 @@ def gspo(
     Returns:
         An objective that reads batch.cu_seqlens and advantages and, where present, logp_old and
         known. A missing one raises ValueError when called. The mean is over the pairs it is given,
-        those of weight 0 left out. A token the policy forbids gives its sequence the ratio 0.
+        those of weight 0 left out (under torch.compile there must be none). A token the policy
+        forbids gives its sequence the ratio 0.
 
     Raises:
         TypeError, ValueError: a hyper-parameter is out of its range.
@@ -223,7 +224,9 @@ def gspo(
 
     def surrogate(logp: Tensor, batch: TokenBatch) -> Tensor:
         borders = _required(batch.cu_seqlens, "cu_seqlens")
-        mean = sequence_means(log_ratio(logp, _anchor(logp, batch)), borders)
+        # Held high up, so that -inf and inf in one sequence make a ratio of 0 and not of NaN.
+        of_token = log_ratio(logp, _anchor(logp, batch)).clamp(max=1e6)
+        mean = sequence_means(of_token, borders)
         ratio = mean.clamp(max=MAX_LOG_RATIO).exp()
         return clipped_surrogate(
             ratio.repeat_interleave(borders.diff(), output_size=len(logp)),

@@ -143,8 +143,8 @@ def hidden_rows(model: PreTrainedModel, packed: Packed) -> Tensor:
         (R, D), dtype and device of the model's hidden states.
 
     Raises:
-        TypeError: the model has no LM head or no key-value cache; see `hidden_rows_padded`.
-        TypeError: the model does not fill the cache it is given.
+        TypeError: the model has no LM head or no key-value cache (see `hidden_rows_padded`), or
+            does not fill the cache it is given.
     """
     need_causal_lm(model)
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):

@@ -14,6 +14,8 @@ from rollfuse import (
     Plan,
     TokenBatch,
     grpo,
+    gspo,
+    k2,
     linear_logp_entropy,
     linear_policy_loss,
     logp_entropy,
@@ -92,6 +94,27 @@ def test_one_graph_for_any_length_and_coefficient():
     assert len(with_work) == 1
 
 
+def test_wrong_values_are_flagged_where_nobody_may_look():
+    """A batch built inside a graph cannot raise: the result says so."""
+
+    def result_of(hidden, advantages):
+        targets = torch.zeros(3, dtype=torch.int64)
+        batch = TokenBatch(targets, torch.ones(3), advantages)
+        return linear_policy_loss(hidden, Head(torch.ones(5, 2)), batch, grpo())
+
+    compiled = torch.compile(
+        lambda hidden, advantages: result_of(hidden, advantages).bad,
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert not compiled(torch.ones(3, 2), good)
+    assert compiled(torch.ones(3, 2), bad)
+    result = result_of(torch.ones(3, 2), good)
+    result.check()
+    with pytest.raises(ValueError, match="advantages"):
+        dataclasses.replace(result, bad=torch.tensor(True)).check()
+
+
 def test_scores_and_logits_in_one_graph():
     logits = torch.randn(12, 50, requires_grad=True)
     problem = make_problem(n_rows=12, vocabulary=50)
@@ -116,13 +139,53 @@ def test_scores_and_logits_in_one_graph():
 
 
 def test_coupled_objectives_need_every_pair():
+    """A pair of weight 0 would be seen by the objective: no number, and a flag that says why."""
     problem = make_problem()
-    compiled = torch.compile(
-        lambda hidden: linear_policy_loss(hidden, problem.head, problem.batch, coupled).loss,
-        backend="aot_eager", fullgraph=True,
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="coupled objective"):
-        compiled(problem.hidden)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden):
+        out = linear_policy_loss(hidden, problem.head, problem.batch, coupled)
+        return out.loss, out.bad
+
+    loss, bad = compiled(problem.hidden)
+    assert loss.isnan() and bad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight,bias", "bias"])
+def test_gspo_and_frozen_parts(frozen):
+    problem = weighted(make_problem(frozen=frozen))
+    n = len(problem.batch)
+    borders = torch.tensor([0, 3, 3, n // 2, n])
+    batch = dataclasses.replace(problem.batch, cu_seqlens=borders)
+    objective = gspo(0.3, 0.3, entropy_coef=0.1)
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def compiled(hidden):
+        return linear_policy_loss(hidden, problem.head, batch, objective).loss
+
+    loss = compiled(problem.hidden)
+    want = linear_policy_loss(problem.hidden, problem.head, batch, objective).loss
+    torch.testing.assert_close(loss, want)
+    for one, other in zip(gradients(loss, problem), gradients(want, problem), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_scored_pairs_that_do_not_count_do_not_spread():
+    """dropped="score" computes a pair of weight 0, whose KL to a forbidden token is infinite."""
+    problem = make_problem()
+    ref = torch.where(problem.batch.weights == 0, -torch.inf, -1.0)
+    batch = dataclasses.replace(problem.batch, logp_ref=ref)
+    objective = grpo(kl=k2, kl_coef=0.1)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden):
+        plan = Plan(dropped="score")
+        out = linear_policy_loss(hidden, problem.head, batch, objective, plan=plan)
+        return out.loss, out.logp
+
+    loss, logp = compiled(problem.hidden)
+    assert logp.isfinite().all()
+    assert all(found.isfinite().all() for found in gradients(loss, problem))
 
 
 def test_what_compile_cannot_serve_is_refused():

@@ -104,10 +104,26 @@ def test_hold_what_fits_and_leave_out_what_has_no_derivative(dtype, n_pairs, mon
     report = explain(*arguments, request)
     assert 8 < report.held_slots < report.slots - 8 and report.peak_bytes <= request.budget_bytes
     assert nothing.flops > report.flops > whole.flops
-    seen = rows_of_gradient_products(monkeypatch)
+    seen = rows_of_products(monkeypatch, "accumulate_weight_gradient")
     slack = 4.0 if dtype == torch.float32 else HALF_SLACK  # as in test_hold
     assert_matches(problem, top_entropy, request, slack=slack)
     assert sum(seen) < 0.8 * report.slots
+
+
+def test_the_plan_tells_which_logits_are_made_twice(monkeypatch):
+    monkeypatch.setitem(plan._CHUNK_ROWS, "cpu", 8)
+    problem = make_problem(n_rows=40)
+    arguments = (problem.hidden, problem.head, problem.batch, coupled)
+    roomy = explain(*arguments, Plan("hold")).peak_bytes
+    few = explain(*arguments, Plan("recompute")).peak_bytes
+    for budget in (few + 100, (few + roomy) // 2, roomy):
+        report = explain(*arguments, Plan("hold", budget))
+        seen = rows_of_products(monkeypatch, "project")
+        result = linear_policy_loss(*arguments, plan=Plan("hold", budget))
+        gradients(result.loss, problem)
+        assert sum(seen) == report.slots + (report.slots - report.held_slots)
+    with torch.no_grad():
+        assert explain(*arguments, Plan("hold")).held_slots == 0
 
 
 def top_entropy(logp, entropy, batch):
@@ -116,22 +132,22 @@ def top_entropy(logp, entropy, batch):
     return torch.where(above, smooth(logp, entropy, batch), 0.0)
 
 
-def rows_of_gradient_products(monkeypatch):
-    """The number of rows of every weight gradient's product, as they are made."""
-    seen, real = [], gemm.accumulate_weight_gradient
+def rows_of_products(monkeypatch, name):
+    """The number of rows that enter each product `name` of the head, as they are made."""
+    seen, real = [], getattr(gemm, name)
 
-    def counting(dz, *arguments, **options):
-        seen.append(len(dz))
-        return real(dz, *arguments, **options)
+    def counting(rows, *arguments, **options):
+        seen.append(len(rows))
+        return real(rows, *arguments, **options)
 
-    monkeypatch.setattr(gemm, "accumulate_weight_gradient", counting)
+    monkeypatch.setattr(gemm, name, counting)
     return seen
 
 
 def test_no_pair_with_a_derivative(monkeypatch):
     """Every pair outside the objective's support: zero gradients, and no product made."""
     problem = make_problem()
-    seen = rows_of_gradient_products(monkeypatch)
+    seen = rows_of_products(monkeypatch, "accumulate_weight_gradient")
     for kind in ("hold", "recompute"):
         result = linear_policy_loss(
             problem.hidden, problem.head, problem.batch,
@@ -143,9 +159,16 @@ def test_no_pair_with_a_derivative(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_flat_rows_under_an_entropy_are_not_taken_from_exponentials(dtype):
-    """Logits of a deviation of 0.03 nats: bfloat16 exponentials would be off by several percent."""
-    problem = make_problem(dtype=dtype, sharpness=0.03, bias=False, scale=1.0)
+@pytest.mark.parametrize("few", [False, True])
+def test_flat_rows_under_an_entropy_are_not_taken_from_exponentials(dtype, few):
+    """Logits of a deviation of 0.03 nats: bfloat16 exponentials would be off by several percent.
+
+    Flat over all columns, or over a few that a bias leaves.
+    """
+    problem = make_problem(dtype=dtype, sharpness=0.03, bias=few, scale=1.0, frozen="bias")
+    if few:
+        problem.bias[:] = torch.where(torch.arange(301) % 8 == 0, 0.0, -60.0)
+        problem.batch.targets[:] = problem.batch.targets // 8 * 8
 
     def bonus(logp, entropy, batch):
         return -entropy * (1.0 + 0.1 * entropy.detach().mean())
@@ -153,10 +176,12 @@ def test_flat_rows_under_an_entropy_are_not_taken_from_exponentials(dtype):
     assert_matches(problem, bonus, Plan("hold"), slack=HALF_SLACK)
 
 
-def test_hold_serves_a_kept_graph_twice():
-    problem = make_problem()
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("objective", [coupled, top_entropy])
+def test_hold_serves_a_kept_graph_twice(dtype, objective):
+    problem = make_problem(dtype=dtype)
     result = linear_policy_loss(
-        problem.hidden, problem.head, problem.batch, coupled, plan=Plan("hold")
+        problem.hidden, problem.head, problem.batch, objective, plan=Plan("hold")
     )
     first = torch.autograd.grad(result.loss, problem.leaves, retain_graph=True)
     second = torch.autograd.grad(result.loss, problem.leaves)
