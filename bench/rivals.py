@@ -286,7 +286,8 @@ def _our_chunk(case: Case) -> float:
     accumulator = 0 if case.dtype == "float32" else 4 * case.vocab * case.hidden
     logits = 4.0 * case.active_tokens * case.vocab
     held = 0.0 if case.variant in TOKEN_LOCAL else min(logits, 8 << 30)
-    return min(4.0 * 4096 * case.vocab, logits) + held + accumulator
+    blocks = 3 * max(2 << 20, 4 * case.vocab)
+    return min(4.0 * 4096 * case.vocab, logits) + blocks + held + accumulator
 
 
 def _trl_chunk(case: Case) -> float:
