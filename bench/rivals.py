@@ -300,8 +300,9 @@ def _liger_chunk(case: Case) -> float:
 
 
 def _liger_grpo_chunk(case: Case) -> float:
-    """4096 columns of all sequences, prompts included, and a second weight gradient."""
-    return 4.0 * (5 * case.tokens * min(4096, case.vocab) + case.vocab * case.hidden)
+    """4096 columns of all sequences, prompts included, their weights, a second weight gradient."""
+    columns = min(4096, case.vocab)
+    return 4.0 * (5 * case.tokens * columns + (columns + case.vocab) * case.hidden)
 
 
 _NO_ENTROPY = "no entropy: run without the bonus"
