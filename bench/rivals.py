@@ -281,11 +281,11 @@ def _active_logits(copies: float) -> Callable[[Case], float]:
 def _our_chunk(case: Case) -> float:
     """One chunk, of at most 4096 rows on any device, and a float32 weight gradient for halves.
 
-    Where tokens depend on each other also what may be held: at most 8 GiB on any device.
+    Where tokens depend on each other also what may be held: at most 4 GiB on any device.
     """
     accumulator = 0 if case.dtype == "float32" else 4 * case.vocab * case.hidden
     logits = 4.0 * case.active_tokens * case.vocab
-    held = 0.0 if case.variant in TOKEN_LOCAL else min(logits, 8 << 30)
+    held = 0.0 if case.variant in TOKEN_LOCAL else min(logits, 4 << 30)
     blocks = 3 * max(2 << 20, 4 * case.vocab)
     return min(4.0 * 4096 * case.vocab, logits) + blocks + held + accumulator
 

@@ -155,6 +155,7 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     if kind == "hold":
         held = _holdable(problem, plan, rows, room=peak)
         peak += held * held_row_bytes(problem)
+        handing_over += held * held_row_bytes(problem)  # until the backward returns
         if not held and plan.kind is None:
             kind, reason = "recompute", "no room to hold a row: logits are made twice"
         elif held < problem.n_slots:

@@ -5,6 +5,7 @@ import torch
 from head_cases import coupled, make_problem, smooth_local
 
 from rollfuse import Plan, explain, linear_policy_loss
+from rollfuse.kernels.gemm import row_stride
 
 
 def allocated_peak(run) -> int:
@@ -42,6 +43,13 @@ def test_peak_bytes_follow_the_formula(kind, dtype, bias, softcap):
     returned = sum(leaf.nbytes for leaf in problem.leaves)
     peak = allocated_peak(run) - returned
     assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
+
+
+@pytest.mark.parametrize("vocabulary", [1, 16, 17, 32, 8192, 32768, 50257, 151936])
+def test_rows_of_a_workspace_lie_an_odd_number_of_cache_lines_apart(vocabulary):
+    stride = row_stride(vocabulary, torch.device("cpu"))
+    assert vocabulary <= stride < vocabulary + 32 and stride % 32 == 16
+    assert row_stride(vocabulary, torch.device("cuda")) == vocabulary
 
 
 def test_the_kind_follows_from_what_is_declared():

@@ -122,6 +122,8 @@ def test_the_plan_tells_which_logits_are_made_twice(monkeypatch):
         result = linear_policy_loss(*arguments, plan=Plan("hold", budget))
         gradients(result.loss, problem)
         assert sum(seen) == report.slots + (report.slots - report.held_slots)
+    for budget in range(few, roomy + 1, 97):
+        assert explain(*arguments, Plan("hold", budget)).peak_bytes <= budget
     with torch.no_grad():
         assert explain(*arguments, Plan("hold")).held_slots == 0
 

@@ -85,6 +85,15 @@ def test_gspo_and_tokens_the_policy_forbids():
     assert found.dlogp.isfinite().all() and found.dlogp[:2].abs().sum() == 0
 
 
+def test_gspo_of_a_token_gained_and_a_token_lost():
+    """Log-ratios of -inf and inf in one sequence: a ratio of 0, not of NaN."""
+    batch = batch_of([0.0, math.inf], [-1.0], [0, 2])
+    found = evaluate(
+        gspo(), torch.tensor([-math.inf, -1.0]).double(), torch.zeros(2).double(), batch
+    )
+    assert found.loss.isfinite() and not found.dlogp.any()
+
+
 def test_gspo_names_what_is_missing_and_what_is_wrong():
     batch = batch_of([0.0, 0.0], [1.0], [0, 2])
     with pytest.raises(ValueError, match="eps_low"):
