@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rollfuse import (
     Head,
+    Lora,
     Plan,
     TokenBatch,
     grpo,
@@ -111,8 +112,35 @@ def plain_logits(problem: Problem) -> Tensor:
 def plain_scores(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """logp and entropy of the pairs, (P,) float64 each, from (R, V) logits."""
     assert batch.rows is not None and isinstance(batch.temperature, Tensor)
-    log_p = (logits[batch.rows] / batch.temperature.double().unsqueeze(1)).log_softmax(1)
+    z = logits[batch.rows] / batch.temperature.double().unsqueeze(1)
+    if batch.support is not None:
+        stays = z >= z.max(1, keepdim=True).values - batch.support.double().unsqueeze(1)
+        stays |= torch.nn.functional.one_hot(batch.targets, VOCABULARY).bool()
+        z = torch.where(stays, z, -1e4)  # -inf would spoil the product below
+    log_p = z.log_softmax(1)
     return log_p.gather(1, batch.targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
+
+
+def with_support(problem: Problem) -> Problem:
+    """Cut off after one of the first 50 tokens, where the gap to the next is widest."""
+    batch = problem.batch
+    assert batch.rows is not None and isinstance(batch.temperature, Tensor)
+    with torch.no_grad():
+        z = plain_logits(problem)[batch.rows] / batch.temperature.double().unsqueeze(1)
+        best = z.topk(50, 1).values
+        gap, last = (best[:, 4:-1] - best[:, 5:]).max(1)
+        lowest = best.gather(1, last.unsqueeze(1) + 4).squeeze(1)
+        support = best[:, 0] - lowest + gap / 2
+    return replace(problem, batch=replace(batch, support=support.float()))
+
+
+def with_adapter(problem: Problem) -> tuple[Problem, Tensor]:
+    """The problem beside a float32 adapter, and what that adds to the weight, float64."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(8, WIDTH, generator=generator).to(problem.hidden.device)
+    b = torch.randn(VOCABULARY, 8, generator=generator).to(problem.hidden.device) * 0.1
+    head = replace(problem.head, lora=Lora(a, b, 0.5))
+    return replace(problem, head=head), 0.5 * b.double() @ a.double()
 
 
 def _outcome(loss: Tensor, scores: tuple[Tensor, Tensor], leaves: tuple[Tensor, Tensor]) -> Outcome:
@@ -129,6 +157,13 @@ def _plain_step(doubles: Problem, logits: Tensor) -> Outcome:
     scores = plain_scores(logits, doubles.batch)
     loss = weighted_loss(_OBJECTIVE, *scores, doubles.batch)
     return _outcome(loss, scores, (doubles.hidden, doubles.weight))
+
+
+def _true_adapted(problem: Problem, added: Tensor) -> Outcome:
+    doubles = exact(problem)
+    weight = doubles.weight + added
+    head = replace(doubles.head, weight=weight)
+    return _plain_step(doubles, plain_logits(replace(doubles, weight=weight, head=head)))
 
 
 def _fused(problem: Problem, plan: Plan) -> Outcome:
@@ -205,7 +240,43 @@ def run_checks(device: torch.device) -> Iterator[Result]:
                 found = _from_logits(problem, overwrite=overwrite)
                 yield _compare(name, found, rounded, dtype)
             yield _check_scores(problem, f"logp_entropy, {head}, {dtype}")
+            yield from _check_heads(problem, f"{head}, {dtype}")
     yield _check_sampling(device)
+
+
+def _check_heads(problem: Problem, name: str) -> Iterator[Result]:
+    """A cut support, an adapter, and the bits of a row alone."""
+    cut = with_support(problem)
+    true = _true(cut)
+    adapted, added = with_adapter(problem)
+    merged = _true_adapted(problem, added)
+    kinds: tuple[Kind, ...] = ("fused", "recompute")
+    for kind in kinds:
+        found = _fused(cut, Plan(kind))
+        yield _compare(f"support, {kind}, {name}", found, true, problem.dtype)
+        found = _fused(adapted, Plan(kind))
+        yield _compare(f"adapter, {kind}, {name}", found, merged, problem.dtype)
+    yield _check_invariance(problem, f"invariant rows, {name}")
+
+
+def _check_invariance(problem: Problem, name: str) -> Result:
+    """A row alone must have the bits it has in the batch: values and gradient."""
+
+    def run(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        hidden = hidden.detach().requires_grad_()
+        plan = Plan("recompute", invariant=True)
+        found = linear_logp_entropy(hidden, problem.head, targets, plan=plan)
+        (gradient,) = torch.autograd.grad((found.logp + found.entropy).sum(), hidden)
+        return found.logp, found.entropy, gradient
+
+    targets = problem.batch.targets[:ROWS]
+    whole = run(problem.hidden, targets)
+    for row in (0, 7, ROWS - 1):
+        alone = run(problem.hidden[row : row + 1], targets[row : row + 1])
+        for part, of_all in zip(alone, whole, strict=True):
+            if not torch.equal(part[0], of_all[row]):
+                return Result(name, f"row {row} has other bits alone than in the batch")
+    return Result(name, None)
 
 
 def _compare(name: str, got: Outcome, true: Outcome, dtype: str) -> Result:

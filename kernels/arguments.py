@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.head import Head, operand_dtype
+from rollfuse.kernels.batch import TokenBatch
+from rollfuse.kernels.costs import Problem
+from rollfuse.kernels.head import Head, bare, operand_dtype
 from rollfuse.kernels.head_pass import Inputs
 from rollfuse.kernels.layout import Layout
-from rollfuse.kernels.plan import Problem
 from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.sink import Needs
 
 
-def needed_gradients(hidden: Tensor, head: Head) -> tuple[bool, bool, bool]:
-    """Whether hidden, weight and bias need gradients here and now."""
+class OfPairs(NamedTuple):
+    """What an op is asked about each pair, (P,) in the batch's order; see TokenBatch."""
+
+    targets: Tensor
+    temperature: Tensor | float = 1.0
+    support: Tensor | None = None
+
+    def support_of_slots(self, layout: Layout, dtype: torch.dtype) -> Tensor | None:
+        """(S,) for a layout with one pair a slot: each brings its own target."""
+        if self.support is None:
+            return None
+        assert layout.one_per_slot
+        return layout.pick(self.support.to(dtype))
+
+
+def of_pairs(batch: TokenBatch) -> OfPairs:
+    return OfPairs(batch.targets, batch.temperature, batch.support)
+
+
+def needed_gradients(hidden: Tensor, head: Head) -> Needs:
+    """What needs gradients here and now."""
     if not torch.is_grad_enabled():
-        return False, False, False
-    bias = head.bias is not None and head.bias.requires_grad
-    return hidden.requires_grad, head.weight.requires_grad, bias
+        return Needs()
+    return Needs(*(t is not None and t.requires_grad for t in (hidden, *head.parameters)))
 
 
 def make_inputs(  # noqa: PLR0913
     hidden: Tensor,
     head: Head,
     layout: Layout,
-    targets: Tensor,
-    temperature: Tensor | float,
+    pairs: OfPairs,
     operand: torch.dtype | None = None,
+    slot_multiple: int = 1,
 ) -> Inputs:
-    """Detached inputs of a pass; targets and temperature (P,) in the batch's order.
+    """Detached inputs of a pass.
 
     operand: what the products' operands are rounded to (None: what holds here and now).
+    slot_multiple: fills the layout up to a multiple; its first pairs are the given one's.
     """
+    layout = layout.padded(slot_multiple)
+    targets, temperature, _ = pairs
     operand = operand or operand_dtype(hidden, head)
     wide = compute_dtype(operand)
     if isinstance(temperature, Tensor):
         of_slots = layout.of_slots(layout.pick(temperature.to(wide)))
     else:
         of_slots = hidden.new_full((layout.n_slots,), float(temperature), dtype=wide)
-    detached = Head(
-        head.weight.detach(),
-        None if head.bias is None else head.bias.detach(),
-        head.scale,
-        head.softcap,
-    )
     picked = safe_targets(layout.pick(targets.long()), head.vocabulary)
-    return Inputs(hidden.detach(), detached, operand, layout, picked, of_slots)
+    found = bare(head)
+    rows = found.all_rows(hidden.detach())
+    support = pairs.support_of_slots(layout, wide)
+    return Inputs(rows, found, operand, layout, picked, of_slots, support)
 
 
 def describe(  # noqa: PLR0913
@@ -55,26 +77,42 @@ def describe(  # noqa: PLR0913
     layout: Layout,
     n_pairs: int,
     operand: torch.dtype | None = None,
+    needs: Needs | None = None,
     *,
     token_local: bool = False,
+    support: bool = False,
 ) -> Problem:
     """The sizes and needs a plan is chosen for."""
-    needs = needed_gradients(hidden, head)
+    needs = needs or needed_gradients(hidden, head)
+    operand = operand or operand_dtype(hidden, head)
+    if head.main_grad is not None:
+        wide = compute_dtype(operand)
+        checks.need(head.main_grad.dtype == wide, "main_grad", str(wide), head.main_grad.dtype)
+    is_summed = not layout.unique_rows or head.shard is not None
     return Problem(
         n_slots=layout.n_slots,
         n_pairs=n_pairs,
         n_active=layout.n_pairs,
         width=head.width,
-        vocabulary=head.vocabulary,
-        operand=operand or operand_dtype(hidden, head),
+        vocabulary=head.local_vocabulary if head.shard is None else head.shard.largest,
+        operand=operand,
         hidden_dtype=hidden.dtype,
         weight_dtype=head.weight.dtype,
         device=hidden.device,
-        needs_hidden=needs[0],
-        needs_weight=needs[1] or needs[2],
+        needs_hidden=needs.hidden,
+        needs_weight=needs.weight or needs.bias,
         token_local=token_local,
         bias=head.bias is not None,
         softcap=head.softcap is not None,
+        rank=0 if head.lora is None else head.lora.rank,
+        lora_dtype=operand if head.lora is None else head.lora.b.dtype,
+        needs_lora=needs.lora,
+        main_grad=head.main_grad is not None,
+        n_ranks=1 if head.shard is None else head.shard.n_ranks,
+        n_rows=head.n_rows(hidden),
+        scattered=head.sequence_parallel,
+        support=support,
+        wide_hidden=is_summed or hidden.dtype == torch.float16,
     )
 
 

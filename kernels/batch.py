@@ -20,7 +20,7 @@ from rollfuse.kernels import checks
 Reduction = Callable[[Tensor, Tensor, "Tensor | float | None"], Tensor]
 
 _PAIR_FLOATS = ("weights", "advantages", "logp_old", "logp_behaviour", "logp_ref")
-_PAIR_FIELDS = (*_PAIR_FLOATS, "targets", "known", "rows", "temperature", "version")
+_PAIR_FIELDS = (*_PAIR_FLOATS, "targets", "known", "rows", "temperature", "support", "version")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +37,11 @@ class TokenBatch:
         logp_ref: (P,) float32, nats, under the reference policy.
         rows: (P,) int64, the hidden row of each pair; None means pair p has row p.
         temperature: positive; one float, or (P,) float32.
+        support: (P,) float32, nats >= 0: how far below the row's most likely token (after softcap
+            and temperature) a token could be when this one was drawn; inf: no cut. The others have
+            no probability, the target itself always has. Best a value between the last token that
+            stayed and the first that was cut, so that rounding moves neither. For min-p it is
+            -log(min_p). Log-probs, entropies and gradients are then those of what is left.
         version: (P,) int64, the policy version that drew the token.
         cu_seqlens: (B + 1,) int64, where each sequence's pairs start and end, from 0 to P.
         scalars: 0-d tensors an objective reads: hyper-parameters that change while training.
@@ -56,6 +61,7 @@ class TokenBatch:
     logp_ref: Tensor | None = None
     rows: Tensor | None = None
     temperature: Tensor | float = 1.0
+    support: Tensor | None = None
     version: Tensor | None = None
     cu_seqlens: Tensor | None = None
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
@@ -278,6 +284,8 @@ class TokenBatch:
         if isinstance(self.temperature, Tensor):
             good = self.temperature.isfinite() & (self.temperature > 0)
             tests.append(("temperature", ~good.all(), "finite values > 0"))
+        if self.support is not None:
+            tests.append(("support", ~(self.support >= 0).all(), "nats >= 0, not NaN"))
         if self.rows is not None:
             tests.append(("rows", (self.rows < 0).any(), "row indices >= 0"))
         if self.cu_seqlens is not None:
@@ -302,7 +310,7 @@ def _check_structure(batch: TokenBatch) -> None:
         checks.need_shape(value, shape, name, "one value a pair")
         checks.need_same_device(value, batch.targets, name, "targets")
         checks.need(not value.requires_grad, name, "a tensor without gradient", "requires_grad")
-        if name in _PAIR_FLOATS or name == "temperature":
+        if name in (*_PAIR_FLOATS, "temperature", "support"):
             checks.need_float(value, name)
         if name in ("rows", "version"):
             checks.need_int(value, name)

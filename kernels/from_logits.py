@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks, traced
-from rollfuse.kernels.arguments import check_pair_vectors, need_targets_below
+from rollfuse.kernels.arguments import OfPairs, check_pair_vectors, need_targets_below
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.logits_pass import (
     LogitsView,
@@ -54,7 +54,8 @@ def logp_entropy(
     check_pair_vectors(rows, temperature, targets.shape[0], flat)
     request = Request(targets.shape[0], flat.shape[0], rows, temperature, name="logits")
     layout = build_layout(request, flat.device)
-    found = logp_entropy_over_layout(flat, layout, targets, temperature, overwrite=False)
+    pairs = OfPairs(targets, temperature)
+    found = logp_entropy_over_layout(flat, layout, pairs, overwrite=False)
     return LogpEntropy(*(layout.spread(values, targets.shape[0], 0.0) for values in found))
 
 
@@ -69,8 +70,7 @@ def flatten_logits(logits: Tensor) -> Tensor:
 def logp_entropy_over_layout(
     logits: Tensor,
     layout: Layout,
-    targets: Tensor,
-    temperature: Tensor | float,
+    pairs: OfPairs,
     *,
     overwrite: bool,
 ) -> LogpEntropy:
@@ -82,7 +82,7 @@ def logp_entropy_over_layout(
         # A row at several temperatures would be written by several slots: give each a copy.
         assert layout.rows is not None
         logits, layout = logits[layout.rows], layout.with_a_row_each()
-    view = view_of_logits(logits.detach(), layout, targets, temperature)
+    view = view_of_logits(logits.detach(), layout, pairs)
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _LogpEntropy.apply)
     return LogpEntropy(*apply(logits, view, overwrite))
 

@@ -54,6 +54,17 @@ def project(x: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> Non
         torch.mm(wide, slab.t(), out=out[:, start : start + slab.shape[0]])
 
 
+def add_projection(x: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> None:
+    """out (c, V) += x (c, D) weight' (D, V), both operands rounded to `operand` first."""
+    x = x.to(operand)
+    if multiplies_into_float32(x.device, operand):
+        half_addmm(out, x, weight.to(operand).t(), out_dtype=torch.float32, out=out)
+        return
+    wide = x.to(out.dtype)
+    for start, slab in _slabs(weight, operand, out.dtype):
+        out[:, start : start + slab.shape[0]].addmm_(wide, slab.t())
+
+
 def project_gradient(dz: Tensor, weight: Tensor, operand: torch.dtype, out: Tensor) -> None:
     """out (c, D) = dz (c, V) weight (V, D)."""
     if dz.dtype == operand and multiplies_into_float32(dz.device, operand):
@@ -82,6 +93,20 @@ def accumulate_weight_gradient(
         torch.mm(dz.t(), x, out=into)
     else:
         into.addmm_(dz.t(), x)
+
+
+def write_weight_gradient(dz: Tensor, x: Tensor, operand: torch.dtype, out: Tensor) -> None:
+    """out (V, D), narrow, = dz' (V, c) x (c, D), in wide slabs that are rounded once."""
+    slab_rows = max(1, SLAB_ELEMENTS // max(x.shape[1], 1))
+    wide = compute_dtype(operand)
+    if dz.dtype == wide:
+        x = x.to(operand).to(wide)
+    for start in range(0, len(out), slab_rows):
+        part = out[start : start + slab_rows]
+        slab = torch.empty_like(part, dtype=wide)
+        columns = dz[:, start : start + len(part)]
+        accumulate_weight_gradient(columns, x, x.dtype, slab, first=True)
+        part.copy_(slab)
 
 
 def row_stride(vocabulary: int, device: torch.device) -> int:

@@ -23,6 +23,7 @@ from rollfuse.kernels.statistics import (
     Exponentials,
     Scratch,
     bits_from_top,
+    finite,
     prepare,
     row_entropy,
 )
@@ -42,6 +43,7 @@ class Targets(NamedTuple):
     pre: Tensor  # pre(g) of the target
     logp: Tensor  # log p(target)
     one_per_slot: bool  # no two pairs share a slot
+    beyond: bool = False  # a column may be V, past the row, where nobody reads
 
 
 def row_coefficients(
@@ -53,7 +55,7 @@ def row_coefficients(
 ) -> RowCoefficients:
     """Sum the pairs' derivatives (P,) into what each row and each target column gets."""
     n_slots = stats.top.shape[0]
-    slot, column, pre, logp, _ = targets
+    slot, column, pre, logp, _, beyond = targets
     dead = stats.top == -torch.inf  # a row of -inf gets no gradient
     by_target, by_row = _sum_by_target(targets, torch.where(dead[slot], 0.0, dlogp), n_slots)
     total = 1.0 + stats.rest
@@ -73,7 +75,7 @@ def row_coefficients(
     value = value * transform.factor[slot]
     if transform.pre_scale is not None:
         value = value * ((1.0 - pre * pre) * transform.pre_scale)
-    return RowCoefficients(alpha, beta, slot, column, value)
+    return RowCoefficients(alpha, beta, slot, column, value, beyond)
 
 
 def row_gradient(  # noqa: PLR0913  (one launch: inputs, vectors, output, map)
@@ -93,8 +95,7 @@ def row_gradient(  # noqa: PLR0913  (one launch: inputs, vectors, output, map)
         fill_gradient_triton(logits, transform, stats, coefficients, out, rows)
     else:
         fill_gradient_torch(logits, transform, stats, coefficients, out, rows)
-    row = coefficients.slot if rows is None else rows[coefficients.slot]
-    out[row, coefficients.column] = coefficients.value.to(out.dtype)
+    _place_targets(coefficients, out, rows)
     return out
 
 
@@ -110,12 +111,23 @@ def row_gradient_from_exponentials(
     Without a softcap, whose derivative needs the logits themselves.
     """
     assert transform.pre_scale is None
+    assert transform.reach is None
     fill = fill_from_exponentials_torch
     if use_triton(out):
         fill = fill_from_exponentials_triton
     fill(keep, transform, stats, coefficients, out)
-    out[coefficients.slot, coefficients.column] = coefficients.value.to(out.dtype)
+    _place_targets(coefficients, out, None)
     return out
+
+
+def _place_targets(coefficients: RowCoefficients, out: Tensor, rows: Tensor | None) -> None:
+    """Replace the target columns; one of them may be the column past the row, if there is room."""
+    row = coefficients.slot if rows is None else rows[coefficients.slot]
+    if coefficients.beyond:
+        assert out.stride(0) > out.shape[1]
+        shape = (out.shape[0], out.shape[1] + 1)
+        out = out.as_strided(shape, out.stride(), out.storage_offset())
+    out[row, coefficients.column] = coefficients.value.to(out.dtype)
 
 
 def fill_from_exponentials_torch(
@@ -125,11 +137,16 @@ def fill_from_exponentials_torch(
     coefficients: RowCoefficients,
     out: Tensor,
 ) -> None:
-    """The columns nobody targets, from exponentials relative to the row's own maximum."""
+    """The columns nobody targets, from exponentials relative to the columns' own maximum.
+
+    The row's maximum may be higher, and elsewhere: its columns may be split over ranks.
+    """
     scratch = Scratch(out, transform)
     for start, stop in scratch.blocks(stats.top.shape[0]):
         where = slice(start, stop) if keep.rows is None else keep.rows[start:stop]
         exps = scratch.second[: stop - start].copy_(keep.values[where])
+        below = (keep.tops[where, 0] - finite(stats.top[start:stop])) * transform.factor[start:stop]
+        exps.mul_(below.exp().unsqueeze(1))
         slope = coefficients.alpha[start:stop].unsqueeze(1)
         if coefficients.beta is not None:
             bits = torch.log2(exps, out=scratch.first[: stop - start]).clamp_(min=FLOOR)

@@ -17,7 +17,7 @@ from rollfuse.kernels.gradient import (
     row_gradient,
     row_gradient_from_exponentials,
 )
-from rollfuse.kernels.head import Head
+from rollfuse.kernels.head import BareHead, lora_operand_dtype
 from rollfuse.kernels.layout import Chunk, Layout
 from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
@@ -25,7 +25,9 @@ from rollfuse.kernels.statistics import (
     row_entropy,
     row_statistics,
     target_logp,
+    target_pre,
     target_shift,
+    with_target,
 )
 
 
@@ -33,12 +35,13 @@ from rollfuse.kernels.statistics import (
 class Inputs:
     """What a pass reads; tensors are detached."""
 
-    hidden: Tensor  # (R, D)
-    head: Head
+    hidden: Tensor  # (R, D), of all ranks
+    head: BareHead
     operand: torch.dtype
     layout: Layout
     targets: Tensor  # (A,) int64 token ids of the layout's pairs
     temperature: Tensor  # (S,)
+    support: Tensor | None = None  # (S,) nats; one pair a slot where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,9 @@ class Scored:
 def new_workspace(inputs: Inputs, chunk_rows: int) -> Tensor:
     """(chunk_rows, V) room for the logits of a chunk."""
     hidden, vocabulary = inputs.hidden, inputs.head.vocabulary
-    stride = gemm.row_stride(vocabulary, hidden.device)
+    # A split vocabulary needs a column more: there go the gradients of other ranks' targets.
+    room = vocabulary if inputs.head.shard is None else vocabulary + 16
+    stride = gemm.row_stride(room, hidden.device)
     dtype = compute_dtype(inputs.operand)
     return hidden.new_empty((chunk_rows, stride), dtype=dtype)[:, :vocabulary]
 
@@ -75,18 +80,40 @@ class HeadPass:
 
     def project(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """(c, V) products h W' of hidden rows x (c, D), in the workspace or in `into`."""
+        head, operand = self.inputs.head, self.inputs.operand
         logits = self.workspace[: len(x)] if into is None else into
-        gemm.project(x, self.inputs.head.weight, self.inputs.operand, logits)
+        gemm.project(x, head.weight, operand, logits)
+        adapted = self.adapted(x)
+        if adapted is not None:
+            assert head.lora is not None
+            gemm.add_projection(adapted, head.lora.b, self._adapter_operand(), logits)
         return logits
+
+    def adapted(self, x: Tensor) -> Tensor | None:
+        """(c, r) scale * x A' of hidden rows x (c, D), wide; None without an adapter."""
+        lora = self.inputs.head.lora
+        if lora is None:
+            return None
+        out = x.new_empty((len(x), lora.rank), dtype=self.workspace.dtype)
+        gemm.project(x, lora.a, self._adapter_operand(), out)
+        return out.mul_(lora.scale)
 
     def score(self, chunk: Chunk, logits: Tensor, keep: Exponentials | None = None) -> Scored:
         """Statistics of the chunk, and log-probs and entropies of its pairs."""
         inputs, transform = self.inputs, self._transform(chunk)
         stats = row_statistics(logits, transform, keep=keep)
         slot, column = self._places(chunk)
-        pre, shifted = target_shift(logits, stats, transform, (slot, slot, column))
+        shard = inputs.head.shard
+        if shard is None:
+            pre = target_pre(logits, transform, slot, column)
+        else:
+            mine, here = shard.owned(column, inputs.head.vocabulary)
+            pre = torch.where(mine, target_pre(logits, transform, slot, here), -torch.inf)
+            stats, pre = shard.merge(stats, transform.factor, pre)
+        shifted = target_shift(pre, stats, transform, slot)
+        stats = with_target(stats, pre, shifted, transform)
         logp = target_logp(stats, shifted, slot, column)
-        targets = Targets(slot, column, pre, logp, inputs.layout.one_per_slot)
+        targets = self._targets(slot, column, pre, logp)
         return Scored(transform, stats, targets, row_entropy(stats)[slot])
 
     def scored_before(
@@ -96,8 +123,7 @@ class HeadPass:
         slot, column = self._places(chunk)
         pairs = slice(chunk.first, chunk.last)
         stats = stats.rows(chunk.start, chunk.stop)
-        one_per_slot = self.inputs.layout.one_per_slot
-        targets = Targets(slot, column, pre[pairs], logp[pairs], one_per_slot)
+        targets = self._targets(slot, column, pre[pairs], logp[pairs])
         return Scored(self._transform(chunk), stats, targets, row_entropy(stats)[slot])
 
     def gradient(
@@ -135,105 +161,51 @@ class HeadPass:
             )
         return out, scale
 
-    def project_gradient(self, dz: Tensor, scale: Tensor | None, out: Tensor) -> None:
-        """out (c, D) = dz W / scale, in the wide dtype."""
-        gemm.project_gradient(dz, self.inputs.head.weight, self.inputs.operand, out)
+    def adapter_gradient(self, dz: Tensor, scale: Tensor | None) -> Tensor | None:
+        """(c, r) gradient of x A' from dz (c, V) times `scale`, wide; None without an adapter."""
+        lora = self.inputs.head.lora
+        if lora is None:
+            return None
+        out = dz.new_empty((len(dz), lora.rank), dtype=self.workspace.dtype)
+        gemm.project_gradient(dz, lora.b, self.gradient_operand(dz), out)
+        return out.mul_(lora.scale if scale is None else lora.scale / scale)
+
+    def project_gradient(
+        self, dz: Tensor, scale: Tensor | None, dadapted: Tensor | None, out: Tensor
+    ) -> None:
+        """out (c, D), wide, from dz (c, V) times `scale` and `adapter_gradient` of it."""
+        head = self.inputs.head
+        gemm.project_gradient(dz, head.weight, self.inputs.operand, out)
         if scale is not None:
             out /= scale
+        if dadapted is not None:
+            assert head.lora is not None
+            out.addmm_(dadapted, head.lora.a.to(self._adapter_operand()).to(out.dtype))
+
+    def gradient_operand(self, dz: Tensor) -> torch.dtype:
+        """What B and the adapted rows are rounded to beside dz: its own dtype where it is half."""
+        return dz.dtype if dz.dtype != self.workspace.dtype else self._adapter_operand()
+
+    def _adapter_operand(self) -> torch.dtype:
+        lora = self.inputs.head.lora
+        assert lora is not None
+        return lora_operand_dtype(lora, self.inputs.operand)
+
+    def _targets(self, slot: Tensor, column: Tensor, pre: Tensor, logp: Tensor) -> Targets:
+        shard, n_columns = self.inputs.head.shard, self.inputs.head.vocabulary
+        one_per_slot = self.inputs.layout.one_per_slot
+        if shard is None:
+            return Targets(slot, column, pre, logp, one_per_slot)
+        mine, here = shard.owned(column, n_columns)
+        return Targets(slot, torch.where(mine, here, n_columns), pre, logp, one_per_slot, True)
 
     def _transform(self, chunk: Chunk) -> Transform:
-        temperature = self.inputs.temperature[chunk.start : chunk.stop]
-        return self.inputs.head.transform(temperature, self.workspace.dtype)
+        inputs, slots = self.inputs, slice(chunk.start, chunk.stop)
+        support = None if inputs.support is None else inputs.support[slots]
+        dtype = self.workspace.dtype
+        return inputs.head.transform(inputs.temperature[slots], dtype, support)
 
     def _places(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(slot in the chunk (a,), target (a,)) of the chunk's pairs."""
         pairs = slice(chunk.first, chunk.last)
         return self.inputs.layout.slot[pairs] - chunk.start, self.inputs.targets[pairs]
-
-
-class GradientSink:
-    """Collects dX, dW and dbias over the chunks of a pass, wide until they are handed over.
-
-    `whole`: the chunks will cover every row of the hidden states exactly once.
-    """
-
-    def __init__(self, inputs: Inputs, needs: tuple[bool, bool, bool], *, whole: bool) -> None:
-        self.operand, self.wide = inputs.operand, compute_dtype(inputs.operand)
-        hidden, weight, bias = inputs.hidden, inputs.head.weight, inputs.head.bias
-        self.dhidden: Tensor | None = None
-        self.dweight: Tensor | None = None
-        self.dbias: Tensor | None = None
-        self._scale: Tensor | None = None
-        self._first = True
-        if needs[0]:
-            # float16 would lose small rows before the upstream factor (a loss scale) comes in,
-            # and rows with several slots are summed: both wait in the wide dtype.
-            narrow = inputs.layout.unique_rows and hidden.dtype != torch.float16
-            new = torch.empty_like if whole else torch.zeros_like
-            self.dhidden = new(hidden, dtype=hidden.dtype if narrow else self.wide)
-        if needs[1]:
-            layout = torch.contiguous_format
-            self.dweight = torch.empty_like(weight, dtype=self.wide, memory_format=layout)
-        if needs[2] and bias is not None:
-            self.dbias = torch.zeros_like(bias, dtype=self.wide)
-
-    def add(self, run: HeadPass, chunk: Chunk, dz: Tensor, scale: Tensor | None = None) -> None:
-        """Add a chunk of `run`: the gradient dz (c, V), times `scale`, of its products."""
-        if self.dhidden is not None:
-            self._add_hidden(run, chunk, dz, scale)
-        if self.dweight is not None:
-            if scale is not None and self._scale is not None:
-                self.dweight.mul_(scale / self._scale)  # powers of two: exact
-            x = run.hidden_rows(chunk)
-            gemm.accumulate_weight_gradient(dz, x, self.operand, self.dweight, first=self._first)
-        if self.dbias is not None:
-            total = dz.sum(0, dtype=self.wide)
-            self.dbias += total if scale is None else total / scale
-        self._scale, self._first = scale, False
-
-    def _add_hidden(self, run: HeadPass, chunk: Chunk, dz: Tensor, scale: Tensor | None) -> None:
-        assert self.dhidden is not None
-        rows = run.inputs.layout.rows
-        place = self.dhidden[chunk.start : chunk.stop] if rows is None else None
-        direct = place is not None and place.dtype == self.wide and scale is None
-        shape = (dz.shape[0], self.dhidden.shape[1])
-        part = place if direct else dz.new_empty(shape, dtype=self.wide)
-        assert part is not None
-        run.project_gradient(dz, scale, part)
-        if place is not None:
-            if not direct:
-                place.copy_(part)
-            return
-        assert rows is not None
-        index = rows[chunk.start : chunk.stop]
-        self.dhidden.index_add_(0, index, part.to(self.dhidden.dtype))
-
-    def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dX, dW, dbias), without the scale of half-precision chunks."""
-        if self.dweight is not None:
-            if self._first:
-                self.dweight.zero_()  # no chunk came
-            if self._scale is not None:
-                self.dweight /= self._scale
-        return self.dhidden, self.dweight, self.dbias
-
-
-def hand_over(buffer: Tensor | None, upstream: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A collected gradient times the upstream factor (None: 1), in its parameter's dtype."""
-    if buffer is None:
-        return None
-    if upstream is None:
-        return buffer.to(dtype)
-    if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        # A kept graph may be walked again, and what was handed out belongs to the caller.
-        return buffer.to(dtype, copy=_graph_is_kept())
-    if buffer.dtype == dtype and not _graph_is_kept():
-        return buffer.mul_(upstream)
-    out = torch.empty_like(buffer, dtype=dtype)
-    return torch.mul(buffer, upstream, out=out)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward keeps its graph, so that saved tensors must stay as they are."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or bool(asked())

@@ -74,6 +74,32 @@ class Layout:
         )
         return LayoutPart(layout, index, torch.from_numpy(pairs).to(device, non_blocking=True))
 
+    def padded(self, multiple: int) -> Layout:
+        """With copies of the first slot at the end, up to a multiple; one pair a slot.
+
+        What the copies' pairs get is for nobody.
+        """
+        if multiple == 1:
+            return self
+        more = -self.n_slots % multiple
+        if not more:
+            # The gradient of the rows waits as long as that of a layout that is filled up.
+            return replace(self, unique_rows=False)
+        assert self.one_per_slot
+        n = self.n_slots + more
+        first = self.slot.new_zeros(more)
+        rows = self.slot if self.rows is None else self.rows
+        pairs = self.slot if self.pairs is None else self.pairs
+        return Layout(
+            n,
+            n,
+            torch.cat([rows, rows[first]]),
+            False,
+            torch.cat([pairs, pairs[first]]),
+            torch.arange(n, device=self.slot.device),
+            None,
+        )
+
     def with_a_row_each(self) -> Layout:
         """The same slots and pairs over rows that have been copied, one for each slot."""
         return replace(self, rows=None, unique_rows=True)

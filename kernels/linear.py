@@ -7,11 +7,14 @@ or, under a head without gradient, the unit gradients d logp / d hidden are scal
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks, traced
 from rollfuse.kernels.arguments import (
+    OfPairs,
     check_pair_vectors,
     describe,
     make_inputs,
@@ -19,8 +22,7 @@ from rollfuse.kernels.arguments import (
     needed_gradients,
 )
 from rollfuse.kernels.head import Head, as_head, flatten_hidden
-from rollfuse.kernels.head_pass import Inputs
-from rollfuse.kernels.layout import Request, build_layout
+from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.plan import Plan, PlanReport, choose
 from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.two_phase import TwoPhase, logp_and_entropy
@@ -68,22 +70,28 @@ def linear_logp_entropy(  # noqa: PLR0913  (the signature is the published API)
     check_pair_vectors(rows, temperature, n_pairs, hidden)
     if plan.kind == "fused":
         raise ValueError("plan: 'fused' needs an objective; use linear_policy_loss, or 'recompute'")
-    request = Request(n_pairs, hidden.shape[0], rows, temperature)
+    request = Request(n_pairs, head.n_rows(hidden), rows, temperature, slot_per_pair=plan.invariant)
     layout = build_layout(request, hidden.device)
     report = choose(describe(hidden, head, layout, n_pairs), plan)
     if report.kind == "unit" and not layout.one_per_slot:
         # A unit gradient belongs to one pair: give each its own slot.
-        request = Request(n_pairs, hidden.shape[0], rows, temperature, slot_per_pair=True)
+        request = replace(request, slot_per_pair=True)
         layout = build_layout(request, hidden.device)
         report = choose(describe(hidden, head, layout, n_pairs), plan)
-    inputs = make_inputs(hidden, head, layout, targets, temperature)
-    found = linear_over_layout(hidden, head, inputs, report)
+    pairs = OfPairs(targets, temperature)
+    found = linear_over_layout(hidden, head, layout, pairs, report)
     return LogpEntropy(*(layout.spread(values, n_pairs, 0.0) for values in found))
 
 
 def linear_over_layout(
-    hidden: Tensor, head: Head, inputs: Inputs, report: PlanReport
+    hidden: Tensor,
+    head: Head,
+    layout: Layout,
+    pairs: OfPairs,
+    report: PlanReport,
 ) -> LogpEntropy:
     """(A,) values of a layout's pairs, in its order; two-phase plans only."""
+    inputs = make_inputs(hidden, head, layout, pairs, slot_multiple=report.slot_multiple)
     call = TwoPhase(inputs, report, needed_gradients(hidden, head))
-    return LogpEntropy(*logp_and_entropy(hidden, head, call))
+    logp, entropy = logp_and_entropy(hidden, head, call)
+    return LogpEntropy(logp[: layout.n_pairs], entropy[: layout.n_pairs])

@@ -6,37 +6,35 @@
     hold       any objective                                  6TDV (4TDV)  what logits come from
     recompute  any objective                                  8TDV (6TDV)  statistics
 
-T rows with an active pair, D width, V vocabulary; in brackets: head without gradient; * 8TDV where
-an entropy has a gradient, which unit gradients do not serve. `hold` keeps the logits of whole
-chunks as long as there is room, or under half operands their exponentials in bfloat16 (which loses
-2^-9 of them, where rounded logits would be off by that many nats), and recomputes the others. The
-two-phase plans leave rows whose derivatives are all 0 out of the gradients. One chunk of
-`chunk_rows` rows of logits exists at a time. Peak bytes above inputs and returned gradients:
-
-    chunk_rows * (V' + 2 D) * w + max(blocks, slab) + accumulators + held + 64 (P + T)
-
-with w = 4 bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16. blocks:
-two buffers of at most 2 MiB or one row each (three under a bias or softcap), PyTorch path; slab: at
-most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand type;
-accumulators: w minus the size of the weight's dtype, times V D; held: T D w in plan `unit`, and in
-`hold` V' w bytes (half operands: 2 V and the block maxima) a row held. Narrow weight gradients are
-made when the chunk is gone, so V D w is the least.
+T rows with an active pair, D width, V vocabulary (the rank's); in brackets: head without gradient;
+* 8TDV where an entropy has a gradient, which unit gradients do not serve. `hold` keeps the logits
+of whole chunks as long as there is room, or under half operands their exponentials in bfloat16
+(which loses 2^-9 of them, where rounded logits would be off by that many nats), and recomputes the
+others. The two-phase plans leave rows whose derivatives are all 0 out of the gradients. `costs` has
+the formula of the bytes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.gemm import gradient_dtype, row_stride, slab_bytes
-from rollfuse.kernels.held import holds_logits, n_held_blocks
-from rollfuse.kernels.layout import chunk_borders
-from rollfuse.kernels.rows import compute_dtype
-from rollfuse.kernels.statistics import Scratch
+from rollfuse.kernels.costs import (
+    Problem,
+    chunk_bytes,
+    fixed_bytes,
+    handing_over_bytes,
+    held_row_bytes,
+    product_flops,
+)
+from rollfuse.kernels.gemm import gradient_dtype
+from rollfuse.kernels.held import holds_logits
+from rollfuse.kernels.layout import Layout, chunk_borders
 
 Kind = Literal["fused", "unit", "hold", "recompute"]
 Dropped = Literal["skip", "score"]
@@ -47,6 +45,11 @@ Dropped = Literal["skip", "score"]
 _CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}
 # Bytes that may be held where no budget is given.
 _HELD_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+# A chunk of logits that is scored and turned into its gradient in one go stays in the last cache of
+# a CPU. A GPU takes them all at once: a hundred launches cost more than the second read.
+_CACHE_BYTES = {"cpu": 1 << 24}
+# Rows of every chunk of an invariant plan, where a row alone costs as much as a chunk.
+_INVARIANT_ROWS = {"cpu": 128, "cuda": 512}
 # A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
 _LEAST_ROWS = 16
 
@@ -60,11 +63,21 @@ class Plan:
         budget_bytes: bound on the bytes above inputs and returned gradients.
         dropped: what pairs without gradient get: "skip" leaves their logp NaN and computes nothing,
             "score" computes their logp and entropy (2TDV each).
+        invariant: the logp and entropy of a pair, and for the same derivatives its part of the
+            gradient of `hidden`, have the same bits whatever else is in the batch and however it
+            is cut: chunks have one size, the last is filled up. A row alone costs a whole chunk
+            (128 rows on a CPU, 512 elsewhere), several pairs of a row cost a row each, and rows
+            that turn out to have no derivative are not left out. On one machine, with one number
+            of threads; what an objective makes of its vectors is its own.
+
+    Inside `torch.utils.checkpoint` an op is correct and runs twice (with use_reentrant=True the
+    first time without gradients). It keeps no logits, so there is little to gain: leave it outside.
     """
 
     kind: Kind | None = None
     budget_bytes: int | None = None
     dropped: Dropped = "skip"
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in get_args(Kind):
@@ -78,30 +91,6 @@ class Plan:
                 got = type(self.budget_bytes).__name__
                 raise TypeError(f"budget_bytes: need an int or None, got {got}")
             checks.need(self.budget_bytes > 0, "budget_bytes", "a value > 0", self.budget_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """The sizes and needs a plan is chosen for."""
-
-    n_slots: int
-    n_pairs: int
-    n_active: int
-    width: int
-    vocabulary: int
-    operand: torch.dtype
-    hidden_dtype: torch.dtype
-    weight_dtype: torch.dtype
-    device: torch.device
-    needs_hidden: bool
-    needs_weight: bool
-    token_local: bool
-    bias: bool
-    softcap: bool
-
-    @property
-    def item(self) -> int:
-        return compute_dtype(self.operand).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +113,13 @@ class PlanReport:
     held_slots: int
     peak_bytes: int
     flops: int
+    invariant: bool = False
+    slabwise: bool = False  # the weight's gradient is made in its own dtype, slab by slab
+
+    @property
+    def slot_multiple(self) -> int:
+        """The layout is filled up to a multiple of so many slots."""
+        return self.chunk_rows if self.invariant else 1
 
 
 def choose(problem: Problem, plan: Plan) -> PlanReport:
@@ -132,26 +128,53 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     Raises:
         ValueError: the requested kind is not legal here, or the budget is too small.
     """
-    kind, reason = _choose_kind(problem, plan.kind)
-    handing_over = _handing_over_bytes(problem)
-
-    def needed(rows: int) -> int:
-        return _fixed_bytes(problem, kind) + _chunk_bytes(problem, rows)
-
+    kind, reason = _choose_kind(problem, plan)
+    if plan.invariant:
+        chunk = _INVARIANT_ROWS.get(problem.device.type, 512)
+        n_slots = -(-problem.n_slots // chunk) * chunk
+        problem = replace(problem, n_slots=n_slots, wide_hidden=True)
+        return _report(problem, plan, kind, reason, _within_budget(problem, plan, kind, chunk))
     rows = _even_rows(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512))
-    if plan.budget_bytes is not None:
-        few = min(_LEAST_ROWS, rows)
-        least = max(needed(few), handing_over)
-        checks.need(
-            plan.budget_bytes >= least,
-            "budget_bytes",
-            f"at least {least} bytes for the {kind} plan in chunks of {few} rows",
-            plan.budget_bytes,
-        )
-        most = bisect_right(range(rows + 1), plan.budget_bytes, key=needed) - 1
-        rows = _even_rows(problem.n_slots, most)
-    n_chunks = -(-problem.n_slots // rows)
-    peak, held = needed(rows), 0
+    one_chunk = _slabwise_peak(problem, kind)
+    if one_chunk is not None:
+        most = plan.budget_bytes
+        if most is None:
+            most = max(_needed(problem, kind, rows), handing_over_bytes(problem))
+        if one_chunk <= most:
+            reason += "; all rows in one chunk: the weight's gradient needs no accumulator"
+            report = _report(problem, plan, kind, reason, problem.n_slots)
+            return replace(report, peak_bytes=one_chunk, slabwise=True)
+    return _report(problem, plan, kind, reason, _within_budget(problem, plan, kind, rows))
+
+
+def _needed(problem: Problem, kind: Kind, rows: int) -> int:
+    """Bytes while chunks of `rows` rows are computed."""
+    return fixed_bytes(problem, kind) + chunk_bytes(problem, rows)
+
+
+def _within_budget(problem: Problem, plan: Plan, kind: Kind, rows: int) -> int:
+    """Rows of a chunk, at most `rows`; just those in an invariant plan."""
+    if plan.budget_bytes is None:
+        return rows
+    few = rows if plan.invariant else min(_LEAST_ROWS, rows)
+    least = max(_needed(problem, kind, few), handing_over_bytes(problem))
+    checks.need(
+        plan.budget_bytes >= least,
+        "budget_bytes",
+        f"at least {least} bytes for the {kind} plan in chunks of {few} rows",
+        plan.budget_bytes,
+    )
+    if plan.invariant:
+        return rows
+    candidates = range(rows + 1)
+    most = bisect_right(candidates, plan.budget_bytes, key=lambda n: _needed(problem, kind, n)) - 1
+    return _even_rows(problem.n_slots, most)
+
+
+def _report(problem: Problem, plan: Plan, kind: Kind, reason: str, rows: int) -> PlanReport:
+    """What chunks of `rows` rows mean, and what can be held beside them."""
+    peak, held = _needed(problem, kind, rows), 0
+    handing_over = handing_over_bytes(problem)
     if kind == "hold":
         held = _holdable(problem, plan, rows, room=peak)
         peak += held * held_row_bytes(problem)
@@ -164,13 +187,52 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
         kind,
         reason,
         rows,
-        n_chunks,
+        -(-problem.n_slots // rows),
         problem.n_pairs,
         problem.n_active,
         problem.n_slots,
         held,
         max(peak, handing_over),
-        _flops(problem, kind, held),
+        product_flops(problem, kind, held),
+        plan.invariant,
+    )
+
+
+def _slabwise_peak(problem: Problem, kind: Kind) -> int | None:
+    """Bytes if all rows are one chunk and the weight's narrow gradient is made directly.
+
+    None where that cannot be: float16 has to wait for the upstream factor in a wider dtype.
+    """
+    narrow = problem.needs_weight and problem.weight_dtype == torch.bfloat16
+    if kind != "fused" or not narrow or problem.main_grad or problem.n_slots == 0:
+        return None
+    if problem.operand == torch.float16:
+        return None
+    fixed = fixed_bytes(problem, kind, slabwise=True)
+    peak = fixed + chunk_bytes(problem, problem.n_slots)
+    return max(peak, handing_over_bytes(problem, slabwise=True))
+
+
+def report_on_logits(
+    logits: Tensor, layout: Layout, n_pairs: int, *, fused: bool, overwrite: bool
+) -> PlanReport:
+    """What a loss over logits (R, V) does: no products, and no choice."""
+    rows = layout.n_slots
+    if fused:
+        row_bytes = max(1, logits.shape[1] * logits.element_size())
+        most = _CACHE_BYTES.get(logits.device.type, 1 << 62) // row_bytes
+        rows = _even_rows(rows, max(1, most))
+    return PlanReport(
+        kind="fused" if fused else "recompute",
+        reason="the logits exist",
+        chunk_rows=max(1, rows),
+        n_chunks=-(-layout.n_slots // max(1, rows)),
+        pairs=n_pairs,
+        active_pairs=layout.n_pairs,
+        slots=layout.n_slots,
+        held_slots=0 if fused else layout.n_slots,
+        peak_bytes=0 if overwrite else logits.nbytes,
+        flops=0,
     )
 
 
@@ -182,7 +244,7 @@ def _even_rows(n_slots: int, most: int) -> int:
 
 def _holdable(problem: Problem, plan: Plan, chunk_rows: int, *, room: int) -> int:
     """Slots of the chunks that can be held, whole, beside the `room` bytes the rest takes."""
-    if not (problem.needs_hidden or problem.needs_weight):
+    if not (problem.needs_hidden or problem.needs_head):
         return 0
     if plan.budget_bytes is not None:
         bound = plan.budget_bytes - room
@@ -195,86 +257,54 @@ def _holdable(problem: Problem, plan: Plan, chunk_rows: int, *, room: int) -> in
     return max((stop for stop in stops if stop <= most), default=0)
 
 
-def held_row_bytes(problem: Problem) -> int:
-    """Bytes of a held row: its logits, or (half operands) bfloat16 exponentials and maxima."""
-    if holds_logits(problem.operand):
-        return problem.item * row_stride(problem.vocabulary, problem.device)
-    return 2 * problem.vocabulary + 4 * n_held_blocks(problem.vocabulary, problem.device)
-
-
-def _choose_kind(problem: Problem, requested: Kind | None) -> tuple[Kind, str]:
+def _choose_kind(problem: Problem, plan: Plan) -> tuple[Kind, str]:
+    requested = plan.kind
     if requested == "fused" and not problem.token_local:
         raise ValueError(
             "plan: 'fused' needs a token-local objective (see token_local), got a coupled one, "
             "whose derivatives exist only after all rows; use 'recompute'"
         )
-    if requested == "unit" and problem.needs_weight:
+    if requested == "unit" and problem.needs_head:
         raise ValueError(
             "plan: 'unit' needs a head without gradient, got one that requires grad; "
             "use 'recompute' or 'fused'"
         )
-    half_softcap = problem.softcap and not holds_logits(problem.operand)
+    half = not holds_logits(problem.operand)
+    half_softcap = problem.softcap and half
     if requested == "hold" and half_softcap:
         raise ValueError(
             "plan: 'hold' needs logits whose derivative follows from their exponentials, got half "
             "operands under a softcap; use 'recompute'"
         )
+    half_invariant = plan.invariant and half
+    half_support = problem.support and half
+    if requested == "hold" and half_support:
+        raise ValueError(
+            "plan: 'hold' needs rows whose support can be found again, got half operands and "
+            "batch.support; use 'recompute'"
+        )
+    if requested == "hold" and half_invariant:
+        raise ValueError(
+            "plan: 'hold' needs chunks of any size under half operands, because flat rows are made "
+            "again, got invariant=True; use 'recompute'"
+        )
+    if plan.invariant and gradient_dtype(problem.device, problem.operand) == torch.float16:
+        raise ValueError(
+            "invariant: need operands whose gradients keep their scale, got float16, which is "
+            "scaled by the largest entry of a chunk; use bfloat16"
+        )
     if requested is not None:
         return requested, "requested"
     if problem.token_local:
         return "fused", "the objective is token-local: gradients are made in the forward"
-    if not problem.needs_weight and problem.needs_hidden:
+    if not problem.needs_head and problem.needs_hidden:
         return "unit", "coupled derivatives and a head without gradient: unit gradients are held"
-    if not problem.needs_weight:
+    if not problem.needs_head:
         return "recompute", "no gradient is needed: logits are made once"
     if half_softcap:
         return "recompute", "a softcap under half operands: logits are made twice"
+    if half_support:
+        return "recompute", "a support under half operands: logits are made twice"
+    if half_invariant:
+        return "recompute", "invariant under half operands: logits are made twice"
     return "hold", "derivatives are known only after all rows: what logits come from is held"
-
-
-def _chunk_bytes(problem: Problem, rows: int) -> int:
-    """Bytes of a chunk: its logits, its hidden rows, their gradient, and a block or slab."""
-    rows_of_hidden = 1 + int(problem.needs_hidden)
-    stride = row_stride(problem.vocabulary, problem.device)
-    own = problem.item * rows * (stride + rows_of_hidden * problem.width)
-    if gradient_dtype(problem.device, problem.operand) != compute_dtype(problem.operand):
-        # Products at the half type's own rate: the whole weight is rounded once, if it must be.
-        same = problem.weight_dtype == problem.operand
-        weights = problem.vocabulary * problem.width
-        return own + (0 if same else weights * problem.operand.itemsize)
-    # Blocks serve the passes over logits, slabs the products: never both at once.
-    has_third = problem.bias or problem.softcap
-    blocks = Scratch.n_bytes(rows, problem.vocabulary, problem.item, has_third=has_third)
-    slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
-    return own + max(blocks, slab)
-
-
-def _fixed_bytes(problem: Problem, kind: Kind) -> int:
-    """Bytes that do not depend on chunks: accumulators above what is returned, vectors."""
-    item = problem.item
-    weights = problem.vocabulary * problem.width
-    total = 0
-    if problem.needs_weight:
-        # The narrow gradient is made last, when the chunk is gone.
-        total += weights * (item - min(item, problem.weight_dtype.itemsize))
-    if problem.needs_hidden and problem.hidden_dtype == torch.float16:
-        total += problem.n_slots * problem.width * (item - problem.hidden_dtype.itemsize)
-    if kind == "unit":
-        total += problem.n_slots * problem.width * item
-    return total + 64 * (problem.n_pairs + problem.n_slots)
-
-
-def _handing_over_bytes(problem: Problem) -> int:
-    """Bytes alive when the weight's gradient is narrowed: its accumulator."""
-    if not problem.needs_weight or problem.weight_dtype == compute_dtype(problem.operand):
-        return 0
-    return problem.vocabulary * problem.width * problem.item
-
-
-def _flops(problem: Problem, kind: Kind, held: int) -> int:
-    product = 2 * problem.width * problem.vocabulary
-    gradients = int(problem.needs_hidden) + int(problem.needs_weight)
-    total = product * problem.n_slots * (1 + gradients)
-    if gradients and kind in ("hold", "recompute"):
-        total += product * (problem.n_slots - held)
-    return total

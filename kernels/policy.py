@@ -8,9 +8,8 @@ Others take `linear_logp_entropy` and ordinary autograd, and so do all under tor
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +20,27 @@ from rollfuse.kernels.arguments import (
     make_inputs,
     need_targets_below,
     needed_gradients,
+    of_pairs,
 )
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.from_logits import flatten_logits, logp_entropy_over_layout
-from rollfuse.kernels.head import Head, as_head, flatten_hidden
-from rollfuse.kernels.head_pass import (
-    GradientSink,
-    HeadPass,
-    Inputs,
-    hand_over,
-    new_workspace,
+from rollfuse.kernels.fused import (
+    FusedHead,
+    FusedLogits,
+    Task,
+    fused_from_hidden,
+    fused_from_logits,
 )
+from rollfuse.kernels.head import Head, as_head, flatten_hidden
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.linear import linear_over_layout
 from rollfuse.kernels.objective import (
     Objective,
     TokenLocal,
     active_pairs,
-    evaluate,
     weighted_loss,
 )
-from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.plan import Plan, PlanReport, choose, report_on_logits
 from rollfuse.kernels.registered import PLACEHOLDER_ENTROPY, PLACEHOLDER_LOGP
 from rollfuse.kernels.rows import LogpEntropy
 
@@ -112,15 +111,15 @@ def linear_policy_loss(
     layout, report = planned.layout, planned.report
     # First, while nothing is held yet: the budget is for either pass, not for both at once.
     dropped = _score_dropped(hidden, head, batch, planned)
-    inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     if report.kind == "fused":
-        call = _Call(inputs, report, needed_gradients(hidden, head), batch, objective)
-        apply = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _FusedPolicyLoss.apply)
-        loss, logp, entropy = apply(hidden, head.weight, head.bias, call)
-        found = LogpEntropy(logp, entropy)
+        multiple = report.slot_multiple
+        inputs = make_inputs(hidden, head, layout, of_pairs(batch), slot_multiple=multiple)
+        task = Task(batch, objective, layout.n_pairs)
+        needs = needed_gradients(hidden, head)
+        loss, found = fused_from_hidden(hidden, head, FusedHead(inputs, report, needs, task))
         result = _result(loss, found, batch, layout, report, head.vocabulary)
     else:
-        found = linear_over_layout(hidden, head, inputs, report)
+        found = linear_over_layout(hidden, head, layout, of_pairs(batch), report)
         result = _loss_of_selected(found, batch, objective, layout, report, head.vocabulary)
     if dropped is not None:
         result = _with_dropped(result, *dropped)
@@ -151,8 +150,9 @@ def policy_loss(
     Args:
         logits: (R, V) or (B, L, V); row batch.rows[p] predicts batch.targets[p].
         batch, objective: as in `linear_policy_loss`.
-        overwrite_logits: the backward writes the gradient over the logits, whose values are lost;
-            it saves their size in memory. The logits must not be a leaf or used elsewhere.
+        overwrite_logits: the gradient is written over the logits, whose values are lost (in the
+            forward already if the objective is token-local); it saves their size in memory. The
+            logits must not be a leaf or used elsewhere.
 
     Returns:
         PolicyLoss, differentiable in logits.
@@ -166,23 +166,26 @@ def policy_loss(
         base = logits if logits._base is None else logits._base
         good = not base.is_leaf
         checks.need(good, "overwrite_logits", "logits computed from parameters", "a leaf")
-    layout = _layout(flat, batch, objective, flat.shape[1], "logits")
-    found = logp_entropy_over_layout(
-        flat, layout, batch.targets, batch.temperature, overwrite=overwrite_logits
+    vocabulary = flat.shape[1]
+    layout = _layout(_RowsOf("logits", flat.shape[0], flat, vocabulary), batch, objective)
+    # A device would read the gradient once more to multiply it by the upstream factor, which
+    # float16 needs before it is rounded.
+    is_fused = (
+        isinstance(objective, TokenLocal)
+        and layout.unique_rows
+        and flat.device.type == "cpu"
+        and flat.dtype != torch.float16
+        and logits.requires_grad
+        and torch.is_grad_enabled()
     )
-    report = PlanReport(
-        kind="recompute",
-        reason="the logits exist",
-        chunk_rows=flat.shape[0],
-        n_chunks=1,
-        pairs=len(batch),
-        active_pairs=layout.n_pairs,
-        slots=layout.n_slots,
-        held_slots=layout.n_slots,
-        peak_bytes=0 if overwrite_logits else flat.nbytes,
-        flops=0,
-    )
-    return _checked(_loss_of_selected(found, batch, objective, layout, report, flat.shape[1]))
+    report = report_on_logits(flat, layout, len(batch), fused=is_fused, overwrite=overwrite_logits)
+    if is_fused:
+        task = Task(batch, objective, layout.n_pairs)
+        call = FusedLogits(layout, report.chunk_rows, overwrite_logits, task)
+        loss, found = fused_from_logits(flat, call)
+        return _checked(_result(loss, found, batch, layout, report, vocabulary))
+    found = logp_entropy_over_layout(flat, layout, of_pairs(batch), overwrite=overwrite_logits)
+    return _checked(_loss_of_selected(found, batch, objective, layout, report, vocabulary))
 
 
 class _Planned(NamedTuple):
@@ -208,49 +211,59 @@ class _Planned(NamedTuple):
 def _plan(
     hidden: Tensor, head: Head, batch: TokenBatch, objective: Objective, plan: Plan
 ) -> _Planned:
-    local = isinstance(objective, TokenLocal)
-    vocabulary, own_slots = head.vocabulary, plan.kind == "unit"
-    layout = _layout(hidden, batch, objective, vocabulary, "hidden", slot_per_pair=own_slots)
-    report = choose(describe(hidden, head, layout, len(batch), token_local=local), plan)
+    n = len(batch)
+    local, cut = isinstance(objective, TokenLocal), batch.support is not None
+    rows = _RowsOf("hidden", head.n_rows(hidden), hidden, head.vocabulary)
+    own_slots = plan.invariant or plan.kind == "unit"
+    if batch.support is not None:
+        checks.need(head.group is None, "batch.support", "a head without group", "one with a group")
+    layout = _layout(rows, batch, objective, slot_per_pair=own_slots)
+    report = choose(describe(hidden, head, layout, n, token_local=local, support=cut), plan)
     if report.kind == "unit" and not layout.one_per_slot:
         # A unit gradient belongs to one pair: give each its own slot.
-        layout = _layout(hidden, batch, objective, vocabulary, "hidden", slot_per_pair=True)
-        report = choose(describe(hidden, head, layout, len(batch), token_local=local), plan)
-    if plan.dropped == "skip" or layout.n_pairs == len(batch):
+        layout = _layout(rows, batch, objective, slot_per_pair=True)
+        report = choose(describe(hidden, head, layout, n, token_local=local, support=cut), plan)
+    if plan.dropped == "skip" or layout.n_pairs == n:
         return _Planned(layout, report, None)
-    others = _layout(hidden, batch, objective, vocabulary, "hidden", inactive=True)
+    others = _layout(rows, batch, objective, slot_per_pair=plan.invariant, inactive=True)
     with torch.no_grad():
-        scoring = choose(
-            describe(hidden, head, others, len(batch)), Plan("recompute", plan.budget_bytes)
-        )
+        request = Plan("recompute", plan.budget_bytes, invariant=plan.invariant)
+        scoring = choose(describe(hidden, head, others, n), request)
     return _Planned(layout, report, (others, scoring))
 
 
-def _layout(  # noqa: PLR0913
-    rows_of: Tensor,
+class _RowsOf(NamedTuple):
+    """What the rows of a layout are rows of."""
+
+    name: str
+    n_rows: int
+    tensor: Tensor
+    vocabulary: int
+
+
+def _layout(
+    rows_of: _RowsOf,
     batch: TokenBatch,
     objective: Objective,
-    vocabulary: int,
-    name: str,
     *,
     slot_per_pair: bool = False,
     inactive: bool = False,
 ) -> Layout:
-    """The layout of the active (or inactive) pairs over the rows of hidden states or logits."""
-    checks.need_same_device(batch.targets, rows_of, "batch", name)
+    """The layout of the active (or inactive) pairs over rows of hidden states or logits."""
+    checks.need_same_device(batch.targets, rows_of.tensor, "batch", rows_of.name)
     source = batch.host or batch
-    need_targets_below(source.targets, vocabulary)
+    need_targets_below(source.targets, rows_of.vocabulary)
     active = active_pairs(objective, source)
     request = Request(
         len(batch),
-        rows_of.shape[0],
+        rows_of.n_rows,
         source.rows,
         source.temperature,
         ~active if inactive else active,
-        slot_per_pair,
-        name,
+        slot_per_pair or batch.support is not None,  # a pair's own target is in its support
+        rows_of.name,
     )
-    return build_layout(request, rows_of.device)
+    return build_layout(request, rows_of.tensor.device)
 
 
 def _loss_of_selected(  # noqa: PLR0913
@@ -319,9 +332,8 @@ def _score_dropped(
     if planned.dropped is None:
         return None
     layout, report = planned.dropped
-    inputs = make_inputs(hidden, head, layout, batch.targets, batch.temperature)
     with torch.no_grad():
-        return layout, linear_over_layout(hidden, head, inputs, report)
+        return layout, linear_over_layout(hidden, head, layout, of_pairs(batch), report)
 
 
 def _with_dropped(result: PolicyLoss, layout: Layout, found: LogpEntropy) -> PolicyLoss:
@@ -339,58 +351,3 @@ def _checked(result: PolicyLoss) -> PolicyLoss:
     if os.environ.get("ROLLFUSE_CHECK") == "1":
         result.check()
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    inputs: Inputs
-    report: PlanReport
-    needs: tuple[bool, bool, bool]
-    batch: TokenBatch
-    objective: Objective
-
-
-class _FusedPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss, found, gradients = _fused_forward(call)
-        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*found)
-        return loss, *found
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
-        checks.refuse_second_derivative()
-        buffers = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(hand_over(buffer, upstream, dtype) for buffer, dtype in buffers), None)
-
-
-def _fused_forward(
-    call: _Call,
-) -> tuple[Tensor, LogpEntropy, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """(loss (), (A,) values in layout order, (dX, dW, dbias) for an upstream of 1)."""
-    layout = call.inputs.layout
-    run = HeadPass(call.inputs, new_workspace(call.inputs, call.report.chunk_rows))
-    whole = layout.rows is None and layout.n_slots > 0
-    sink = GradientSink(call.inputs, call.needs, whole=whole)
-    loss = run.workspace.new_zeros((), dtype=torch.float64)
-    logp = run.workspace.new_empty(layout.n_pairs)
-    entropy = torch.empty_like(logp)
-    for chunk in layout.chunks(call.report.chunk_rows):
-        logits = run.project(run.hidden_rows(chunk))
-        scored = run.score(chunk, logits)
-        pairs = slice(chunk.first, chunk.last)
-        logp[pairs], entropy[pairs] = scored.targets.logp, scored.entropy
-        # Without a selection pairs and slots are both in the batch's order.
-        index = layout.slot if layout.pairs is None else layout.pairs
-        part = call.batch.select(index[pairs])
-        value = evaluate(call.objective, scored.targets.logp, scored.entropy, part)
-        loss += value.loss
-        if any(call.needs):
-            dz, scale = run.gradient(logits, scored, value.dlogp, value.dentropy)
-            sink.add(run, chunk, dz, scale)
-    return loss.to(logp.dtype), LogpEntropy(logp, entropy), sink.collected()

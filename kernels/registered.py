@@ -12,18 +12,18 @@ say so: torch.compile leaves them out of its graphs, and a capture by hand is re
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollfuse.kernels.arguments import describe, make_inputs, need_targets_below
-from rollfuse.kernels.head import Head
+from rollfuse.kernels.arguments import OfPairs, describe, make_inputs, need_targets_below
+from rollfuse.kernels.head import Head, Lora
 from rollfuse.kernels.layout import Layout, Request, build_layout
 from rollfuse.kernels.logits_pass import gradient_of_logits, score_logits, view_of_logits
 from rollfuse.kernels.plan import Plan, choose
 from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.sink import Needs
 from rollfuse.kernels.two_phase import TwoPhase, gradients_anew, scores
 
 # Stand in for the values of pairs that are not computed: finite, because the objective is traced
@@ -38,12 +38,16 @@ def linear_scores(  # noqa: PLR0913  (an op takes tensors and numbers, not recor
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
     temperature: Tensor,
     selected: Tensor | None,
     scale: float,
     softcap: float | None,
+    lora_scale: float,
+    vocab: int | None,
     operand: torch.dtype,
     budget_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -51,10 +55,9 @@ def linear_scores(  # noqa: PLR0913  (an op takes tensors and numbers, not recor
 
     temperature and selected: (P,); operand: the dtype the products' operands are rounded to.
     """
-    head = Head(weight, bias, scale, softcap)
-    needs = (False, False, False)
+    head = _head(weight, bias, lora_a, lora_b, scale, softcap, lora_scale, vocab)
     call = _planned(
-        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, needs
+        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, Needs()
     )
     logp, entropy = scores(call)
     n_pairs = targets.shape[0]
@@ -66,7 +69,8 @@ def linear_scores(  # noqa: PLR0913  (an op takes tensors and numbers, not recor
 
 
 @linear_scores.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
+def _(hidden: Tensor, weight: Tensor, bias: Any, lora_a: Any, lora_b: Any, *rest: Any) -> Any:
+    targets: Tensor = rest[0]
     operand: torch.dtype = rest[-2]
     shape, dtype = targets.shape, compute_dtype(operand)
     return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=dtype)
@@ -79,62 +83,93 @@ def linear_scores_backward(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
     temperature: Tensor,
     selected: Tensor | None,
     scale: float,
     softcap: float | None,
+    lora_scale: float,
+    vocab: int | None,
     operand: torch.dtype,
     budget_bytes: int | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden (R, D), dweight (V, D), dbias (V,)) in their dtypes; empty where not needed."""
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden (R, D), weight (V, D), bias (V,), lora_a (r, D) and lora_b (V, r).
+
+    In their dtypes; empty where not needed.
+    """
     selected = _with_derivative(dlogp, dentropy, selected)
-    head = Head(weight, bias, scale, softcap)
-    needs = (needs_hidden, needs_weight, needs_bias)
+    head = _head(weight, bias, lora_a, lora_b, scale, softcap, lora_scale, vocab)
     call = _planned(
-        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, needs
+        hidden, head, targets, rows, temperature, selected, operand, budget_bytes, Needs(*needs)
     )
     pick = call.inputs.layout.pick
-    dx, dw, db = gradients_anew(call, pick(dlogp), pick(dentropy))
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        hidden.new_empty(0) if dx is None else dx.to(hidden.dtype),
-        weight.new_empty(0) if dw is None else dw.to(weight.dtype),
-        weight.new_empty(0, dtype=bias_dtype) if db is None else db.to(bias_dtype),
+    found = gradients_anew(call, pick(dlogp), pick(dentropy))
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    dx, dw, db, da, dlb = (
+        weight.new_empty(0, dtype=_dtype(t, weight)) if g is None else g.to(_dtype(t, weight))
+        for g, t in zip(found, parameters, strict=True)
     )
+    return dx, dw, db, da, dlb
 
 
 @linear_scores_backward.register_fake
 def _(
-    dlogp: Tensor, dentropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    dlogp: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *rest: Any,
 ) -> Any:
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if needs_weight
-        else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=bias_dtype),
+    needs = rest[-1]
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    return tuple(
+        weight.new_empty(t.shape if need and t is not None else (0,), dtype=_dtype(t, weight))
+        for t, need in zip(parameters, needs, strict=True)
     )
 
 
+def _dtype(tensor: Tensor | None, weight: Tensor) -> torch.dtype:
+    return weight.dtype if tensor is None else tensor.dtype
+
+
+def _head(  # noqa: PLR0913
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    lora_scale: float,
+    vocab: int | None,
+) -> Head:
+    lora = None
+    if lora_a is not None and lora_b is not None:
+        lora = Lora(lora_a, lora_b, lora_scale)
+    return Head(weight, bias, scale, softcap, vocab, lora)
+
+
+# hidden, weight, bias, lora_a, lora_b; then targets, rows, temperature, selected.
+_N_PARAMETERS, _N_TENSORS = 5, 9
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, bias, targets, rows, temperature, selected, *options = inputs
-    ctx.save_for_backward(hidden, weight, bias, targets, rows, temperature, selected)
-    ctx.options = options
+    ctx.save_for_backward(*inputs[:_N_TENSORS])
+    ctx.options = inputs[_N_TENSORS:]
 
 
 def _linear_backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> Any:
-    needs = ctx.needs_input_grad[:3]
+    needs = list(ctx.needs_input_grad[:_N_PARAMETERS])
     saved = ctx.saved_tensors
-    found = torch.ops.rollfuse.linear_scores_backward(dlogp, dentropy, *saved, *ctx.options, *needs)
+    found = torch.ops.rollfuse.linear_scores_backward(dlogp, dentropy, *saved, *ctx.options, needs)
     gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
-    return (*gradients, *(None,) * (len(saved) + len(ctx.options) - 3))
+    return (*gradients, *(None,) * (_N_TENSORS + len(ctx.options) - _N_PARAMETERS))
 
 
 linear_scores.register_autograd(_linear_backward, setup_context=_keep_for_backward)
@@ -153,7 +188,7 @@ def logit_scores(
     if not layout.unique_rows:
         assert layout.rows is not None
         logits, layout = logits[layout.rows], layout.with_a_row_each()
-    found = score_logits(view_of_logits(logits, layout, targets, temperature))
+    found = score_logits(view_of_logits(logits, layout, OfPairs(targets, temperature)))
     n_pairs = targets.shape[0]
     return (
         layout.spread(found.logp, n_pairs, PLACEHOLDER_LOGP),
@@ -182,11 +217,11 @@ def logit_scores_backward(  # noqa: PLR0913
     layout = _layout(logits, targets, rows, temperature, selected, logits.shape[1])
     of_logp, of_entropy = layout.pick(dlogp), layout.pick(dentropy)
     if layout.unique_rows:
-        view = view_of_logits(logits, layout, targets, temperature)
+        view = view_of_logits(logits, layout, OfPairs(targets, temperature))
         return gradient_of_logits(view, score_logits(view), of_logp, of_entropy, overwrite=False)
     assert layout.rows is not None
     copies, a_row_each = logits[layout.rows], layout.with_a_row_each()
-    view = view_of_logits(copies, a_row_each, targets, temperature)
+    view = view_of_logits(copies, a_row_each, OfPairs(targets, temperature))
     out = gradient_of_logits(view, score_logits(view), of_logp, of_entropy, overwrite=True)
     whole = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     return whole.index_add_(0, layout.rows, out)
@@ -224,16 +259,12 @@ def _planned(  # noqa: PLR0913
     selected: Tensor | None,
     operand: torch.dtype,
     budget_bytes: int | None,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> TwoPhase:
     layout = _layout(hidden, targets, rows, temperature, selected, head.vocabulary)
-    problem = replace(
-        describe(hidden, head, layout, targets.shape[0], operand),
-        needs_hidden=needs[0],
-        needs_weight=needs[1] or needs[2],
-    )
+    problem = describe(hidden, head, layout, targets.shape[0], operand, needs)
     report = choose(problem, Plan("recompute", budget_bytes))
-    inputs = make_inputs(hidden, head, layout, targets, temperature, operand)
+    inputs = make_inputs(hidden, head, layout, OfPairs(targets, temperature), operand)
     return TwoPhase(inputs, report, needs)
 
 

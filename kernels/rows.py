@@ -31,10 +31,12 @@ class Transform(NamedTuple):
     factor: Tensor  # (S,) > 0, scale / temperature, or softcap / temperature
     bias: Tensor | None = None  # (V,)
     pre_scale: float | None = None  # scale / softcap under a softcap
+    reach: Tensor | None = None  # (S,) how far pre(g) may be below the maximum; past it p is 0
 
     def rows(self, start: int, stop: int) -> Transform:
         # Written out: torch.compile of torch 2.11 cannot trace `_replace`.
-        return Transform(self.factor[start:stop], self.bias, self.pre_scale)
+        reach = None if self.reach is None else self.reach[start:stop]
+        return Transform(self.factor[start:stop], self.bias, self.pre_scale, reach)
 
 
 class RowStatistics(NamedTuple):
@@ -62,6 +64,7 @@ class RowCoefficients(NamedTuple):
     slot: Tensor  # (P,) int64
     column: Tensor  # (P,) int64
     value: Tensor  # (P,) the whole gradient of the target's logit; equal where targets are
+    beyond: bool = False  # a column may be V, past the row
 
     def bound(self) -> Tensor:
         """() at least the largest |gradient|: exp(x) |x| is at most 1 / e below the maximum."""
@@ -71,4 +74,5 @@ class RowCoefficients(NamedTuple):
     def times(self, scale: Tensor) -> RowCoefficients:
         """Those of a gradient `scale` times as large."""
         beta = None if self.beta is None else self.beta * scale
-        return RowCoefficients(self.alpha * scale, beta, self.slot, self.column, self.value * scale)
+        alpha, value = self.alpha * scale, self.value * scale
+        return RowCoefficients(alpha, beta, self.slot, self.column, value, self.beyond)

@@ -22,6 +22,7 @@ from rollfuse.kernels.statistics import (
     row_entropy,
     row_statistics_torch,
     target_logp,
+    target_pre,
     target_shift,
 )
 
@@ -135,7 +136,8 @@ def draw_tokens_torch(
 def _finish(logits: Tensor, inverse: Tensor, ids: Tensor, stats: RowStatistics) -> Sampled:
     """logp and entropy of the ids drawn; refuses the rows that nothing can be drawn from."""
     rows = torch.arange(ids.shape[0], device=ids.device)
-    _, shifted = target_shift(logits, stats, Transform(inverse), (rows, rows, ids))
+    transform = Transform(inverse)
+    shifted = target_shift(target_pre(logits, transform, rows, ids), stats, transform, rows)
     bad = ~(stats.top.isfinite() & stats.rest.isfinite() & shifted.isfinite())
     on_cpu = ids.device.type == "cpu"
     if on_cpu and bool(bad.any()):

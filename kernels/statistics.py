@@ -122,8 +122,10 @@ class Scratch:
         self.third = torch.empty_like(self.first) if has_third else None
 
     def blocks(self, n_slots: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, n_slots, self.block_rows):
-            yield start, min(start + self.block_rows, n_slots)
+        # As even as can be: a last block of one row would be summed in another order.
+        n_blocks = -(-n_slots // self.block_rows)
+        for i in range(n_blocks):
+            yield n_slots * i // n_blocks, n_slots * (i + 1) // n_blocks
 
     @staticmethod
     def n_bytes(n_slots: int, width: int, itemsize: int, *, has_third: bool) -> int:
@@ -146,22 +148,43 @@ def prepare(logits: Tensor, transform: Transform, scratch: Scratch) -> Tensor:
 
 
 def bits_from_top(pre: Tensor, top: Tensor, transform: Transform, out: Tensor) -> Tensor:
-    """(z - z_top) / ln 2 of a block of rows, into the first rows of `out`."""
-    bits = torch.sub(pre, _finite(top).unsqueeze(1), out=out[: pre.shape[0]])
-    return bits.mul_((transform.factor * _BITS_PER_NAT).unsqueeze(1))
+    """(z - z_top) / ln 2 of a block of rows, into the first rows of `out`; FLOOR out of reach."""
+    distance = torch.sub(pre, finite(top).unsqueeze(1), out=out[: pre.shape[0]])
+    factor = (transform.factor * _BITS_PER_NAT).unsqueeze(1)
+    if transform.reach is None:
+        return distance.mul_(factor)
+    is_out = distance < -transform.reach.unsqueeze(1)
+    return distance.mul_(factor).masked_fill_(is_out, FLOOR)
 
 
-def target_shift(
-    logits: Tensor, stats: RowStatistics, transform: Transform, pairs: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(pre (P,), z - z_top (P,)) of each pair's target; pairs = (row, slot, target), each (P,)."""
-    row, slot, target = pairs
-    pre = logits[row, target].to(stats.top.dtype)
+def with_target(
+    stats: RowStatistics, pre: Tensor, shifted: Tensor, transform: Transform
+) -> RowStatistics:
+    """Statistics with the slots' own targets in them, where those are out of reach.
+
+    One pair a slot, in order; pre: pre(g) (S,) of the targets, shifted: their z - z_top.
+    """
+    if transform.reach is None:
+        return stats
+    missing = (pre - finite(stats.top) < -transform.reach) & (shifted > FLOOR)
+    mass = torch.where(missing, shifted.exp(), 0.0)
+    spread = torch.where(missing, mass * -shifted, 0.0)
+    return RowStatistics(stats.top, stats.top_column, stats.rest + mass, stats.spread + spread)
+
+
+def target_pre(logits: Tensor, transform: Transform, row: Tensor, target: Tensor) -> Tensor:
+    """pre(g) (P,) of each pair's target; row and target (P,)."""
+    pre = logits[row, target].to(compute_dtype(logits.dtype))
     if transform.bias is not None:
         pre = pre + transform.bias[target]
     if transform.pre_scale is not None:
         pre = torch.tanh(pre * transform.pre_scale)
-    return pre, (pre - _finite(stats.top)[slot]) * transform.factor[slot]
+    return pre
+
+
+def target_shift(pre: Tensor, stats: RowStatistics, transform: Transform, slot: Tensor) -> Tensor:
+    """z - z_top (P,) of targets with `pre` = pre(g) (P,)."""
+    return (pre - finite(stats.top)[slot]) * transform.factor[slot]
 
 
 def target_logp(stats: RowStatistics, shifted: Tensor, slot: Tensor, target: Tensor) -> Tensor:
@@ -191,6 +214,6 @@ def _take(logits: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
     return logits[start:stop] if rows is None else logits[rows[start:stop]]
 
 
-def _finite(top: Tensor) -> Tensor:
+def finite(top: Tensor) -> Tensor:
     """`top` with 0 for -inf, so that a row of -inf shifts to -inf and not to NaN."""
     return torch.where(top == -torch.inf, 0.0, top)

@@ -37,13 +37,18 @@ def linear_scores(
     """(logp (P,), entropy (P,)) by the registered op.
 
     Raises:
-        ValueError: the plan asks for anything but `recompute`.
+        ValueError: the plan asks for anything but `recompute`, or the head has a group or a
+            main_grad.
     """
     if plan.kind not in (None, "recompute"):
         raise ValueError(f"plan: need 'recompute' or None under torch.compile, got {plan.kind!r}")
+    if plan.invariant:
+        raise ValueError("invariant: need False under torch.compile, got True")
+    _refuse_what_is_not_traced(head)
     found: tuple[Tensor, Tensor] = registered.linear_scores(
-        hidden, head.weight, head.bias, targets, rows, _of_pairs(temperature, targets), selected,
-        head.scale, head.softcap, operand_dtype(hidden, head), plan.budget_bytes,
+        hidden, *head.parameters, targets, rows, _of_pairs(temperature, targets), selected,
+        head.scale, head.softcap, 1.0 if head.lora is None else head.lora.scale, head.vocab,
+        operand_dtype(hidden, head), plan.budget_bytes,
     )  # fmt: skip
     return found
 
@@ -84,10 +89,22 @@ def _selection(
     batch: TokenBatch, objective: Objective, *, everything: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(computed (P,), selected (P,) or None for all)."""
+    if batch.support is not None:
+        raise ValueError("batch.support: need None under torch.compile, got a tensor")
     if everything or not isinstance(objective, TokenLocal):
         return torch.ones_like(batch.weights, dtype=torch.bool), None
     active = active_pairs(objective, batch)
     return active, active
+
+
+def _refuse_what_is_not_traced(head: Head) -> None:
+    """A registered op writes to none of its inputs, and its collectives would be invisible."""
+    for name in ("group", "main_grad"):
+        if getattr(head, name) is not None:
+            raise ValueError(
+                f"{name}: need None under torch.compile, got one; call the op outside of the "
+                "compiled region (torch.compiler.disable)"
+            )
 
 
 def _of_pairs(temperature: Tensor | float, targets: Tensor) -> Tensor:

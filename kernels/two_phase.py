@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
-from rollfuse.kernels.head_pass import GradientSink, HeadPass, Inputs, hand_over, new_workspace
+from rollfuse.kernels.head_pass import HeadPass, Inputs, new_workspace
 from rollfuse.kernels.held import new_held, too_flat
 from rollfuse.kernels.layout import Chunk, Layout
 from rollfuse.kernels.plan import PlanReport
 from rollfuse.kernels.rows import RowStatistics
+from rollfuse.kernels.sink import Gradients, GradientSink, Needs, hand_over
 from rollfuse.kernels.statistics import Exponentials
 
 # Leaving rows out costs a copy of the others; below this share of all rows it is worth it.
@@ -34,13 +35,13 @@ class TwoPhase:
 
     inputs: Inputs
     report: PlanReport
-    needs: tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+    needs: Needs
 
 
 def logp_and_entropy(hidden: Tensor, head: Head, call: TwoPhase) -> tuple[Tensor, Tensor]:
     """(logp (A,), entropy (A,)) of the layout's pairs, differentiable in hidden and head."""
     apply = cast(Callable[..., tuple[Tensor, Tensor]], _TwoPhaseFunction.apply)
-    return apply(hidden, head.weight, head.bias, call)
+    return apply(hidden, *head.parameters, call)
 
 
 class _Kept(NamedTuple):
@@ -63,14 +64,13 @@ class _Kept(NamedTuple):
 
 class _TwoPhaseFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: TwoPhase
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *parameters, call = rest
         with torch.autocast(hidden.device.type, enabled=False):
             entropy, kept = _forward(call)
         # The inputs go through the graph's own store, which notices in-place changes and lets
         # go of them after the backward.
-        ctx.save_for_backward(hidden, weight, bias, *kept)
+        ctx.save_for_backward(hidden, *parameters, *kept)
         ctx.call = replace(call, inputs=replace(call.inputs, hidden=hidden.new_empty(0)))
         ctx.set_materialize_grads(False)
         return kept.logp, entropy
@@ -78,23 +78,21 @@ class _TwoPhaseFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> Any:
         checks.refuse_second_derivative()
-        hidden, _, bias, *saved = ctx.saved_tensors
-        kept = _Kept(*saved)
-        call: TwoPhase = replace(ctx.call, inputs=replace(ctx.call.inputs, hidden=hidden.detach()))
+        saved = ctx.saved_tensors  # once: checkpointing recomputes what is asked for
+        n_kept = len(_Kept._fields)
+        hidden, *parameters = saved[:-n_kept]
+        kept = _Kept(*saved[-n_kept:])
+        rows = ctx.call.inputs.head.all_rows(hidden.detach())
+        call: TwoPhase = replace(ctx.call, inputs=replace(ctx.call.inputs, hidden=rows))
         if dlogp is None:
             dlogp = torch.zeros_like(kept.logp)
-        weight_dtype = call.inputs.head.weight.dtype
-        bias_dtype = weight_dtype if bias is None else bias.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             if kept.unit is not None and dentropy is None:
-                return _scale_unit(call, kept.unit, dlogp), None, None, None
-            dx, dw, db = _gradients(call, kept, dlogp, dentropy)
-        return (
-            hand_over(dx, None, hidden.dtype),
-            hand_over(dw, None, weight_dtype),
-            hand_over(db, None, bias_dtype),
-            None,
-        )
+                gradients = Gradients(_scale_unit(call, kept.unit, dlogp))
+            else:
+                gradients = _gradients(call, kept, dlogp, dentropy)
+        dtypes = tuple(hidden.dtype if t is None else t.dtype for t in (hidden, *parameters))
+        return (*hand_over(gradients, None, dtypes), None)
 
 
 def scores(call: TwoPhase) -> tuple[Tensor, Tensor]:
@@ -104,13 +102,12 @@ def scores(call: TwoPhase) -> tuple[Tensor, Tensor]:
     return kept.logp, entropy
 
 
-def gradients_anew(
-    call: TwoPhase, dlogp: Tensor, dentropy: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias) of a layout's pairs (A,) by going through the logits again."""
+def gradients_anew(call: TwoPhase, dlogp: Tensor, dentropy: Tensor) -> Gradients:
+    """Gradients of a layout's pairs (A,) by going through the logits again."""
     inputs, layout = call.inputs, call.inputs.layout
     with torch.autocast(dlogp.device.type, enabled=False):
-        sink = GradientSink(inputs, call.needs, whole=layout.rows is None and layout.n_slots > 0)
+        whole = layout.rows is None and layout.n_slots > 0
+        sink = GradientSink(inputs, call.needs, whole=whole, final=True)
         run = HeadPass(inputs, new_workspace(inputs, call.report.chunk_rows))
         for chunk in layout.chunks(call.report.chunk_rows):
             pairs = slice(chunk.first, chunk.last)
@@ -127,7 +124,7 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
     layout, head = inputs.layout, inputs.head
     run = HeadPass(inputs, new_workspace(inputs, report.chunk_rows))
     unit, held = None, None
-    if report.kind == "unit" and call.needs[0]:
+    if report.kind == "unit" and call.needs.hidden:
         unit = run.workspace.new_empty((layout.n_slots, head.width))
     n_held = report.held_slots
     if n_held:
@@ -146,7 +143,8 @@ def _forward(call: TwoPhase) -> tuple[Tensor, _Kept]:
         stats.append(scored.stats)
         if unit is not None:
             dz, scale = run.gradient(logits, scored, torch.ones_like(scored.entropy), None)
-            run.project_gradient(dz, scale, unit[chunk.start : chunk.stop])
+            dadapted = run.adapter_gradient(dz, scale)
+            run.project_gradient(dz, scale, dadapted, unit[chunk.start : chunk.stop])
     logp, pre, entropy = (torch.cat(parts) for parts in zip(*values, strict=True))
     joined = (torch.cat(parts) for parts in zip(*stats, strict=True))
     rows, tops = (None, None) if held is None else held
@@ -163,14 +161,12 @@ class _Part:
     is_held: bool
 
 
-def _gradients(
-    call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, dbias) of all slots with a derivative."""
+def _gradients(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) -> Gradients:
+    """Gradients of all slots with a derivative."""
     inputs, chunk_rows = call.inputs, call.report.chunk_rows
     parts = list(_parts(call, kept, dlogp, dentropy))
     whole = inputs.layout.rows is None and [part.layout for part in parts] == [inputs.layout]
-    sink = GradientSink(inputs, call.needs, whole=whole)
+    sink = GradientSink(inputs, call.needs, whole=whole, final=True)
     workspace = new_workspace(inputs, chunk_rows)
     for part in parts:
         run = HeadPass(_inputs_of(part, inputs), workspace)
@@ -192,13 +188,16 @@ def _gradients(
 def _parts(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) -> Iterator[_Part]:
     """The slots with a derivative: those held, then those whose logits are made again."""
     layout = call.inputs.layout
+    if call.report.invariant and kept.held is None and layout.n_slots:
+        yield _Part(layout, slice(None), slice(None), is_held=False)
+        return
     n_held = 0 if kept.held is None else len(kept.held)
     is_held = torch.arange(layout.n_slots, device=dlogp.device) < n_held
     if kept.held_tops is not None and dentropy is not None:
         is_held &= ~too_flat(kept.stats)
     # The one transfer of a backward.
     wanted, held = torch.stack([_with_derivative(layout, dlogp, dentropy), is_held]).cpu().numpy()
-    if wanted.sum() > _WORTH_LEAVING_OUT * len(wanted):
+    if call.report.invariant or wanted.sum() > _WORTH_LEAVING_OUT * len(wanted):
         wanted[:] = True
     for chosen, from_held in ((wanted & held, True), (wanted & ~held, False)):
         part = _part(layout, chosen, is_held=from_held)
@@ -232,6 +231,7 @@ def _inputs_of(part: _Part, inputs: Inputs) -> Inputs:
         layout=part.layout,
         targets=inputs.targets[part.pairs],
         temperature=inputs.temperature[part.slots],
+        support=None if inputs.support is None else inputs.support[part.slots],
     )
 
 
@@ -253,12 +253,12 @@ def _held_source(
 
 
 def _scale_unit(call: TwoPhase, unit: Tensor, dlogp: Tensor) -> Tensor | None:
-    """dX (R, D) from unit gradients (S, D), one pair a slot."""
-    if not call.needs[0]:
+    """dX from unit gradients (S, D), one pair a slot."""
+    if not call.needs.hidden:
         return None
-    layout, hidden = call.inputs.layout, call.inputs.hidden
-    scaled = unit * dlogp.unsqueeze(1)
-    if layout.rows is None:
-        return scaled.to(hidden.dtype)
-    out = torch.zeros_like(hidden, dtype=scaled.dtype)
-    return out.index_add_(0, layout.rows, scaled).to(hidden.dtype)
+    layout, inputs = call.inputs.layout, call.inputs
+    out = unit * dlogp.unsqueeze(1)
+    if layout.rows is not None:
+        whole = torch.zeros_like(inputs.hidden, dtype=out.dtype)
+        out = whole.index_add_(0, layout.rows, out)
+    return inputs.head.sum_of_rows(out)

@@ -166,7 +166,7 @@ def test_nothing_is_measured_after_a_failed_check(fake_gpu, monkeypatch, problem
 def test_card_checks_pass_and_can_fail(monkeypatch) -> None:
     results = list(card.run_checks(CPU))
     assert [r for r in results if r.problem is not None] == []
-    assert len(results) == 3 * 2 * 7 + 4 + 1
+    assert len(results) == 3 * 2 * 12 + 4 + 1
     right = card.linear_policy_loss
 
     def slightly_wrong(*args, **kwargs):
@@ -175,5 +175,11 @@ def test_card_checks_pass_and_can_fail(monkeypatch) -> None:
 
     monkeypatch.setattr(card, "linear_policy_loss", slightly_wrong)
     wrong = [r.name for r in card.run_checks(CPU) if r.problem is not None]
-    # fused, recompute, unit in every dtype, with both heads; hold not with a softcap under halves
-    assert len(wrong) == 3 * 2 * 3 + 4
+    # fused, recompute, unit, and cut and adapted the first two, in every dtype, with both heads;
+    # hold not with a softcap under halves
+    assert len(wrong) == 3 * 2 * 7 + 4
+
+
+def test_the_loss_from_logits_runs() -> None:
+    found = gpu._from_logits(CPU, tokens=64, vocab=100)
+    assert found["seconds"].keys() == {"policy_loss", "read and write once"}

@@ -204,13 +204,14 @@ def test_what_compile_cannot_serve_is_refused():
 def test_opcheck(dtype):
     problem = make_problem(n_pairs=40, dtype=dtype)
     batch = problem.batch
+    adapter = (torch.randn(2, 16).requires_grad_(), torch.randn(301, 2).requires_grad_())
     arguments = (
-        problem.hidden, problem.weight, problem.bias, batch.targets, batch.rows,
-        batch.temperature, batch.weights != 0, 1.3, 20.0, dtype, None,
+        problem.hidden, problem.weight, problem.bias, *adapter, batch.targets, batch.rows,
+        batch.temperature, batch.weights != 0, 1.3, 20.0, 0.5, 301, dtype, None,
     )  # fmt: skip
     torch.library.opcheck(registered.linear_scores, arguments)
-    bare = (problem.hidden[:24], problem.weight, None, batch.targets[:24], None,
-            batch.temperature[:24], None, 1.0, None, dtype, None)  # fmt: skip
+    bare = (problem.hidden[:24], problem.weight, None, None, None, batch.targets[:24], None,
+            batch.temperature[:24], None, 1.0, None, 1.0, None, dtype, None)  # fmt: skip
     torch.library.opcheck(registered.linear_scores, bare)
     logits = torch.randn(24, 301, dtype=dtype, requires_grad=True)
     torch.library.opcheck(

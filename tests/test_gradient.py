@@ -12,7 +12,13 @@ from rollfuse.kernels.gradient import (
 )
 from rollfuse.kernels.held import n_held_blocks
 from rollfuse.kernels.rows import Transform
-from rollfuse.kernels.statistics import Exponentials, row_statistics, target_logp, target_shift
+from rollfuse.kernels.statistics import (
+    Exponentials,
+    row_statistics,
+    target_logp,
+    target_pre,
+    target_shift,
+)
 
 pytestmark = pytest.mark.kernels
 
@@ -20,7 +26,8 @@ pytestmark = pytest.mark.kernels
 def coefficients_of(logits, slot, column, dlogp, dentropy):
     transform = Transform(torch.ones(logits.shape[0]))
     stats = row_statistics(logits, transform)
-    pre, shifted = target_shift(logits, stats, transform, (slot, slot, column))
+    pre = target_pre(logits, transform, slot, column)
+    shifted = target_shift(pre, stats, transform, slot)
     logp = target_logp(stats, shifted, slot, column)
     one_per_slot = len(set(slot.tolist())) == len(slot)
     targets = Targets(slot, column, pre, logp, one_per_slot)
@@ -50,7 +57,8 @@ def test_rows_without_slot_are_left_alone():
     transform = Transform(torch.ones(2))
     stats = row_statistics(logits, transform, rows)
     slot, column = torch.arange(2), torch.tensor([4, 5])
-    pre, shifted = target_shift(logits, stats, transform, (rows, slot, column))
+    pre = target_pre(logits, transform, rows, column)
+    shifted = target_shift(pre, stats, transform, slot)
     targets = Targets(slot, column, pre, target_logp(stats, shifted, slot, column), True)
     coefficients = row_coefficients(stats, transform, targets, torch.ones(2), None)
     out = torch.full_like(logits, 7.0)
@@ -102,7 +110,8 @@ def test_from_exponentials_as_from_logits(entropy, rows):
     stats = row_statistics(part, transform)
     slot = torch.arange(len(order))
     column = slot * 300 + 1
-    pre, shifted = target_shift(part, stats, transform, (slot, slot, column))
+    pre = target_pre(part, transform, slot, column)
+    shifted = target_shift(pre, stats, transform, slot)
     targets = Targets(slot, column, pre, target_logp(stats, shifted, slot, column), True)
     dentropy = torch.randn(len(order)) if entropy else None
     coefficients = row_coefficients(stats, transform, targets, torch.randn(len(order)), dentropy)

@@ -164,7 +164,7 @@ def test_groups_without_spread_do_not_enter_the_model(monkeypatch: pytest.Monkey
 
 def test_scores_are_the_samplers_log_probs() -> None:
     policy, minibatch = some_minibatch()
-    found = score(policy, minibatch.rollout, micro_sequences=3)
+    found = score(policy, minibatch.rollout, replace(TINY, micro_sequences=3))
     assert torch.allclose(found, minibatch.rollout.logp, atol=1e-5)
 
 
@@ -205,6 +205,16 @@ def test_resuming_is_bitwise(tmp_path: Path, changes: dict[str, object]) -> None
     assert len(timeless(straight)) == 6 + 3  # steps and measurements
     samples = [(run / "samples.jsonl").read_text() for run in (straight, parts)]
     assert samples[0] == samples[1]
+
+
+def test_scorer_and_trainer_agree_to_the_bit(tmp_path: Path) -> None:
+    """The trainer leaves pairs out and makes gradients; the scorer does neither."""
+    config = replace(TINY, rescore=True, invariant=True, entropy_coef=0.01, steps=3)
+    found = [m for m in timeless(loop.train(config, tmp_path / "run")) if "loss" in m]
+    assert len(found) == 3
+    for m in found:
+        assert m["scorer_trainer_diff"] == 0.0
+        assert m["sampler_trainer_diff"] > 0.0  # another forward, token by token
 
 
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: int) -> None:

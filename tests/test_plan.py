@@ -1,10 +1,12 @@
 """Plans: what is chosen, and that the published byte formula is what a pass really allocates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from head_cases import coupled, make_problem, smooth_local
 
-from rollfuse import Plan, explain, linear_policy_loss
+from rollfuse import Lora, Plan, explain, linear_policy_loss
 from rollfuse.kernels.gemm import row_stride
 
 
@@ -43,6 +45,46 @@ def test_peak_bytes_follow_the_formula(kind, dtype, bias, softcap):
     returned = sum(leaf.nbytes for leaf in problem.leaves)
     peak = allocated_peak(run) - returned
     assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
+
+
+@pytest.mark.parametrize("kind", ["fused", "hold", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_main_grad", [False, True])
+def test_peak_bytes_with_an_adapter_and_a_main_grad(kind, dtype, has_main_grad):
+    problem = make_problem(n_rows=1500, width=64, vocabulary=9000, dtype=dtype, bias=False)
+    lora = Lora(torch.randn(16, 64).requires_grad_(), torch.randn(9000, 16).requires_grad_())
+    main_grad = torch.zeros_like(problem.weight, dtype=torch.float32) if has_main_grad else None
+    head = replace(problem.head, lora=lora, main_grad=main_grad)
+    objective = smooth_local if kind == "fused" else coupled
+    arguments = (problem.hidden, head, problem.batch, objective)
+    leaves = [problem.hidden, lora.a, lora.b] + ([] if has_main_grad else [problem.weight])
+
+    def run():
+        result = linear_policy_loss(*arguments, plan=Plan(kind))
+        result.loss.backward()
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+    report = explain(*arguments, Plan(kind))
+    peak = allocated_peak(run) - sum(leaf.nbytes for leaf in leaves)
+    assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
+
+
+def test_one_chunk_where_it_needs_no_more_than_several():
+    """A bfloat16 weight's gradient is then made directly, without V D float32."""
+    for n_rows, is_one in ((40, True), (1024, True), (1100, True), (1600, False)):
+        problem = make_problem(n_rows=n_rows, width=256, vocabulary=4000, dtype=torch.bfloat16)
+        arguments = (problem.hidden, problem.head, problem.batch, smooth_local)
+        report = explain(*arguments)
+        assert report.slabwise == is_one, n_rows
+        assert (report.n_chunks == 1) == is_one
+        assert ("one chunk" in report.reason) == is_one
+    wide = make_problem(n_rows=40)
+    assert not explain(wide.hidden, wide.head, wide.batch, smooth_local).slabwise
+    half = make_problem(n_rows=40, dtype=torch.float16)
+    assert not explain(half.hidden, half.head, half.batch, smooth_local).slabwise
 
 
 @pytest.mark.parametrize("vocabulary", [1, 16, 17, 32, 8192, 32768, 50257, 151936])

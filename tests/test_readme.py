@@ -23,7 +23,7 @@ def names() -> dict[str, object]:
 
 
 def test_the_blocks_give_a_loss_and_gradients(names):
-    assert len(CODE) == 2
+    assert len(CODE) == 3
     assert names["out"].loss.isfinite()
     for tensor in (names["hidden"], names["weight"]):
         assert tensor.grad.isfinite().all()
@@ -31,7 +31,7 @@ def test_the_blocks_give_a_loss_and_gradients(names):
 
 
 def test_the_blocks_are_as_short_as_promised():
-    first, second = (re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE)
+    first, second = (re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE[:2])
     lines = [
         len([line for line in block.splitlines() if line.strip()]) for block in (first, second)
     ]

@@ -136,6 +136,10 @@ def test_questions_use_the_chat_template_if_there_is_one() -> None:
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: need a directory with a config.json"):
         load_policy(tmp_path / "nothing")
+    small_policy(sort_task(), TINY, seed=0).model.save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match=r"tokenizer.json: need JSON"):
+        load_policy(tmp_path / "cut")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ValueError, match="need a causal LM with its tokenizer"):
         load_policy(tmp_path)

@@ -12,6 +12,7 @@ from rollfuse.kernels.statistics import (
     row_entropy,
     row_statistics,
     target_logp,
+    target_pre,
     target_shift,
 )
 
@@ -44,7 +45,8 @@ def logits_of(kind: str, n_rows: int, width: int) -> torch.Tensor:
 def ours(logits, transform, rows, slot, targets):
     stats = row_statistics(logits, transform, rows)
     row = slot if rows is None else rows[slot]
-    _, shifted = target_shift(logits, stats, transform, (row, slot, targets))
+    pre = target_pre(logits, transform, row, targets)
+    shifted = target_shift(pre, stats, transform, slot)
     return target_logp(stats, shifted, slot, targets), row_entropy(stats)
 
 

@@ -12,6 +12,7 @@ from rollfuse.kernels._triton.rows import (
     FLOOR,
     LAUNCH,
     NUM_STAGES,
+    is_out,
     launch_parameters,
     on_device_of,
     prepare,
@@ -22,11 +23,11 @@ from rollfuse.kernels.rows import RowCoefficients, RowStatistics, Transform
 
 @triton.jit(do_not_specialize=["pre_scale"])
 def _gradient_kernel(
-    logits, rows, factor, bias, top, alpha, beta,  # inputs
+    logits, rows, factor, bias, reach, top, alpha, beta,  # inputs
     out,  # output, may be the logits' own storage
     n_cols, stride_row, stride_out, pre_scale,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_BETA: tl.constexpr, NARROWED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_REACH: tl.constexpr, HAS_BETA: tl.constexpr, NARROWED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + slot) if HAS_ROWS else slot
@@ -45,6 +46,8 @@ def _gradient_kernel(
         if HAS_BETA:
             slope += tl.load(beta + slot) * shifted
         dz = tl.exp(shifted) * slope
+        if HAS_REACH:
+            dz = tl.where(is_out(pre, m, tl.load(reach + slot)), 0.0, dz)
         if HAS_SOFTCAP:
             dz *= (1.0 - pre * pre) * pre_scale
         if NARROWED:
@@ -122,11 +125,13 @@ def fill_gradient(  # one launch: inputs, vectors, output, map
     beta = coefficients.beta
     with on_device_of(logits):
         _gradient_kernel[(n_slots,)](
-            logits, rows, transform.factor, transform.bias, stats.top, coefficients.alpha, beta,
+            logits, rows, transform.factor, transform.bias, transform.reach,
+            stats.top, coefficients.alpha, beta,
             out,
             n_cols, logits.stride(0), out.stride(0), transform.pre_scale or 0.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None,
-            HAS_SOFTCAP=transform.pre_scale is not None, HAS_BETA=beta is not None,
+            HAS_SOFTCAP=transform.pre_scale is not None,
+            HAS_REACH=transform.reach is not None, HAS_BETA=beta is not None,
             NARROWED=out.dtype != logits.dtype, BLOCK=block,
             num_warps=num_warps, num_stages=NUM_STAGES,
         )  # fmt: skip
@@ -144,9 +149,9 @@ def compile_cases() -> list[CompileCase]:
     ]
     for pair in pairs:
         for block, num_warps in LAUNCH:
-            for options in range(16):
-                flags = [bool(options & bit) for bit in (1, 2, 4, 8)]
-                covering = options in (0, 15) and (block, num_warps) == LAUNCH[-1]
+            for options in range(32):
+                flags = [bool(options & bit) for bit in (1, 2, 4, 8, 16)]
+                covering = options in (0, 15, 31) and (block, num_warps) == LAUNCH[-1]
                 cases.append(_case(pair, block, num_warps, flags, covering))
     for dtype in ("bf16", "fp16", "fp32"):
         for block, num_warps in LAUNCH:
@@ -180,19 +185,21 @@ def _exponentials_case(
 def _case(
     pair: tuple[str, str], block: int, num_warps: int, flags: list[bool], covering: bool
 ) -> CompileCase:
-    has_rows, has_bias, has_softcap, has_beta = flags
+    has_rows, has_bias, has_softcap, has_beta, has_reach = flags
     signature = {
         "logits": f"*{pair[0]}", "rows": "*i64", "factor": "*fp32", "bias": "*fp32",
-        "top": "*fp32", "alpha": "*fp32", "beta": "*fp32", "out": f"*{pair[1]}",
+        "reach": "*fp32", "top": "*fp32", "alpha": "*fp32", "beta": "*fp32",
+        "out": f"*{pair[1]}",
         "n_cols": "i32", "stride_row": "i32", "stride_out": "i32", "pre_scale": "fp32",
     }  # fmt: skip
     constexprs: dict[str, object] = {
         "HAS_ROWS": has_rows, "HAS_BIAS": has_bias, "HAS_SOFTCAP": has_softcap,
-        "HAS_BETA": has_beta, "NARROWED": pair[0] != pair[1], "BLOCK": block,
+        "HAS_REACH": has_reach, "HAS_BETA": has_beta, "NARROWED": pair[0] != pair[1],
+        "BLOCK": block,
     }  # fmt: skip
     name = (
         f"gradient {pair[0]}->{pair[1]} block {block} rows {has_rows} bias {has_bias} "
-        f"softcap {has_softcap} entropy {has_beta}"
+        f"softcap {has_softcap} reach {has_reach} entropy {has_beta}"
     )
     return CompileCase(
         name, _gradient_kernel, signature, constexprs, num_warps, NUM_STAGES, covering

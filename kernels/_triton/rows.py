@@ -68,6 +68,12 @@ def shift(g, m, factor):
     return tl.where(shifted < FLOOR, FLOOR, shifted)
 
 
+@triton.jit
+def is_out(g, m, reach):
+    """Whether pre(g) is further than `reach` below the row's maximum."""
+    return g - tl.where(m == -float("inf"), 0.0, m) < -reach
+
+
 def launch_parameters(n_cols: int) -> tuple[int, int]:
     """(BLOCK, warps) for rows of `n_cols` columns."""
     for largest, num_warps in LAUNCH:

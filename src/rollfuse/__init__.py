@@ -4,7 +4,7 @@
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.dispatch import backend
 from rollfuse.kernels.from_logits import logp_entropy
-from rollfuse.kernels.head import Head
+from rollfuse.kernels.head import Head, Lora
 from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.kernels.noise import Purpose, fork_streams, need_distinct_streams, new_streams
 from rollfuse.kernels.objective import check_objective, token_local
@@ -12,6 +12,7 @@ from rollfuse.kernels.plan import Plan, PlanReport
 from rollfuse.kernels.policy import PolicyLoss, explain, linear_policy_loss, policy_loss
 from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
+from rollfuse.kernels.wrapped import linear_head
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k1, k2, k3
 from rollfuse.losses.objectives import dapo, dr_grpo, grpo, gspo, reinforce
@@ -28,9 +29,9 @@ from rollfuse.rollout.record import Finish, Rollout, Source
 
 __all__ = [
     # the head
-    "Head", "LogpEntropy", "Plan", "PlanReport", "PolicyLoss", "TokenBatch", "backend",
-    "check_objective", "explain", "linear_logp_entropy", "linear_policy_loss", "logp_entropy",
-    "policy_loss", "token_local",
+    "Head", "LogpEntropy", "Lora", "Plan", "PlanReport", "PolicyLoss", "TokenBatch", "backend",
+    "check_objective", "explain", "linear_head", "linear_logp_entropy", "linear_policy_loss",
+    "logp_entropy", "policy_loss", "token_local",
     # objectives, KL estimators, reductions, credit
     "clipped_surrogate", "constant_length", "dapo", "dr_grpo", "grpo", "grpo_advantages",
     "gspo", "k1", "k2", "k3", "reinforce", "rloo_advantages", "sequence_mean", "sequence_sum",

@@ -27,6 +27,7 @@ _HELP = {
     "loss": f"one of {', '.join(LOSSES)}",
     "kl_coef": "weight of the KL to the starting policy",
     "reference": "keep a copy of the starting policy to measure the KL to it",
+    "invariant": "the head gives a token's log-prob the same bits in every batch, for --rescore",
     "rescore": "old log-probs from a pass of the trainer, not from the sampler",
     "tis_cap": "cap of the weight that corrects the sampler (default: no weight)",
     "decode_sequences": "responses sampled together (default: the whole step's)",

@@ -52,6 +52,7 @@ class Config:
     tis_cap: float | None = None  # cap of the weight that corrects the sampler; None: no weight
     reference: bool = True  # keep the starting policy, to measure the distance from it
     rescore: bool = False  # old log-probs by a pass of the trainer, not from the sampler
+    invariant: bool = False  # the head gives a token the same bits in every batch
     minibatches: int = 1  # optimiser updates per step
     decode_sequences: int | None = None  # responses sampled together; None: the whole step's
     micro_sequences: int = 256  # responses in one forward and backward

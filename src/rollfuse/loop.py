@@ -41,7 +41,7 @@ from rollfuse.rollout.record import Finish, Rollout
 from rollfuse.rollout.tasks import Problem, Task
 from rollfuse.run import Interrupts
 from rollfuse.session import Session, reopen, report, rescue, save, start
-from rollfuse.update import RECIPES, Accumulated, Minibatch, accumulate, clip_fraction, score
+from rollfuse.update import RECIPES, Minibatch, accumulate, describe, score
 
 # Held-out accuracy is measured greedily: at this temperature the sampler's noise decides only
 # between tokens whose log-probs differ by about a thousandth of a nat.
@@ -139,7 +139,7 @@ def _step(session: Session, interrupts: Interrupts) -> tuple[Metrics, list[dict[
     progress.prompts_seen += config.prompts_per_step
     progress.streams_drawn += n_streams
     session.is_between_steps = True
-    metrics |= _describe_updates(updates, config)
+    metrics |= describe(updates, config)
     metrics["lr"] = float(session.optimizer.param_groups[0]["lr"])
     ended = time.perf_counter()
     metrics |= {
@@ -185,11 +185,11 @@ def _step_batch(session: Session, rollout: Rollout, rewards: Tensor) -> Minibatc
         generator = torch.Generator().manual_seed(config.seed + session.progress.step)
         advantages = advantages[torch.randperm(len(advantages), generator=generator)]
     # Sampler and trainer share weights and head: the sampler's log-probs are the old ones.
-    old = score(policy, rollout, config.micro_sequences) if config.rescore else None
+    old = score(policy, rollout, config) if config.rescore else None
     is_due = config.kl_coef > 0 or session.progress.step % config.eval_every == 0
     ref = None
     if reference is not None and is_due:
-        ref = score(reference, rollout, config.micro_sequences)
+        ref = score(reference, rollout, config)
     return Minibatch(rollout, advantages, old, ref)
 
 
@@ -234,19 +234,6 @@ def _describe(rollout: Rollout, rewards: Tensor, step_batch: Minibatch) -> Metri
         old = rollout.logp if step_batch.logp_old is None else step_batch.logp_old
         metrics["kl"] = float(k3(old.float(), step_batch.logp_ref).mean())
     return metrics
-
-
-def _describe_updates(updates: Sequence[tuple[Accumulated, float]], config: Config) -> Metrics:
-    found = [update for update, _ in updates]
-    # Only before the first update are the trainer's weights the sampler's.
-    first = found[0]
-    difference = (first.logp - first.logp_behaviour).abs()
-    return {
-        "loss": sum(update.loss for update in found) / len(found),
-        "gradient_norm": sum(norm for _, norm in updates) / len(updates),
-        "clip_fraction": sum(clip_fraction(update, config) for update in found) / len(found),
-        "sampler_trainer_diff": float(difference.mean()) if len(difference) else 0.0,
-    }
 
 
 def _samples(

@@ -7,6 +7,7 @@ handful of solved problems; how to solve the rest is left to reinforcement learn
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
 from rollfuse.kernels.linear import linear_logp_entropy
+from rollfuse.kernels.wrapped import linear_head
 from rollfuse.rollout.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -133,13 +135,14 @@ def head_of(model: PreTrainedModel) -> Head:
         ValueError: the model has no linear head on its hidden states.
     """
     linear: Any = model.get_output_embeddings()
-    got = type(linear).__name__
-    checks.need(isinstance(linear, torch.nn.Linear), "model", "a linear LM head", got)
     config = model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(linear.weight, linear.bias, scale=scale, softcap=softcap)
+    try:
+        return linear_head(linear, scale=scale, softcap=softcap)
+    except TypeError as error:
+        raise ValueError(f"model: need a linear LM head, got {type(linear).__name__}") from error
 
 
 @torch.no_grad()
@@ -225,6 +228,11 @@ def load_policy(folder: str | Path) -> Policy:
 
     good = (Path(folder) / "config.json").is_file()
     checks.need(good, "model", "a directory with a config.json", str(folder))
+    for path in Path(folder).glob("*.json"):  # the tokenizer's own reader only panics
+        try:
+            json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: need JSON, got a file with {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

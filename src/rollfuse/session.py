@@ -178,7 +178,7 @@ def _need_usable(policy: Policy, task: Task, config: Config) -> None:
     need_same_head(policy, extremes[0])
     # A token for each, and its score by the training forward: what either refuses, it refuses now.
     engine = Engine(policy.model, max_new_tokens=1, stop_tokens=policy.stop_ids)
-    score(policy, engine.generate(extremes, 1, seed=0), micro_sequences=2)
+    score(policy, engine.generate(extremes, 1, seed=0), replace(config, micro_sequences=2))
 
 
 def need_room(

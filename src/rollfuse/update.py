@@ -5,7 +5,7 @@ Legend: B sequences of the rollout, T its tokens, P pairs trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from rollfuse.config import Config
 from rollfuse.kernels.batch import Reduction
 from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.kernels.objective import TokenLocal
+from rollfuse.kernels.plan import Plan
 from rollfuse.kernels.policy import linear_policy_loss
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k3
@@ -97,7 +98,7 @@ def accumulate(policy: Policy, minibatch: Minibatch, config: Config) -> Accumula
     assert config.max_new_tokens is not None
     n_tokens = int(rollout.lengths[keep].sum())
     denominator = recipe.denominator(len(rollout), n_tokens, config.max_new_tokens)
-    objective, loss = _objective(config), 0.0
+    objective, plan, loss = _objective(config), Plan(invariant=config.invariant), 0.0
     parts: list[tuple[Tensor, ...]] = [(torch.empty(0),) * 4]
     for packed in _micro_batches(rollout, keep, config.micro_sequences):
         batch = token_batch(
@@ -110,7 +111,8 @@ def accumulate(policy: Policy, minibatch: Minibatch, config: Config) -> Accumula
             logp_ref=minibatch.logp_ref,
         )
         hidden = hidden_rows(policy.model, packed)
-        result = linear_policy_loss(hidden, policy.head, batch.to(hidden.device), objective)
+        batch_there = batch.to(hidden.device)
+        result = linear_policy_loss(hidden, policy.head, batch_there, objective, plan=plan)
         torch.autograd.backward(result.loss)
         loss += result.loss.item()
         assert batch.logp_old is not None and batch.logp_behaviour is not None
@@ -120,11 +122,11 @@ def accumulate(policy: Policy, minibatch: Minibatch, config: Config) -> Accumula
 
 
 @torch.no_grad()
-def score(policy: Policy, rollout: Rollout, micro_sequences: int) -> Tensor:
+def score(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
     """(T,) float32, nats: log-probs of the rollout's tokens under `policy`, at its temperature."""
     logp = torch.empty(len(rollout.tokens))
     everyone = torch.ones(len(rollout), dtype=torch.bool)
-    for packed in _micro_batches(rollout, everyone, micro_sequences):
+    for packed in _micro_batches(rollout, everyone, config.micro_sequences):
         hidden = hidden_rows(policy.model, packed)
         found = linear_logp_entropy(
             hidden,
@@ -132,9 +134,36 @@ def score(policy: Policy, rollout: Rollout, micro_sequences: int) -> Tensor:
             packed.targets.to(hidden.device),
             rows=packed.rows.to(hidden.device),
             temperature=rollout.temperature,
+            plan=Plan(invariant=config.invariant),
         )
         logp[packed.tokens] = found.logp.float().cpu()
     return logp
+
+
+def describe(updates: Sequence[tuple[Accumulated, float]], config: Config) -> dict[str, float]:
+    """A step's metrics from its updates and their gradient norms."""
+    found = [update for update, _ in updates]
+    return {
+        "loss": sum(update.loss for update in found) / len(found),
+        "gradient_norm": sum(norm for _, norm in updates) / len(updates),
+        "clip_fraction": sum(clip_fraction(update, config) for update in found) / len(found),
+        # Only before the first update are the trainer's weights the sampler's.
+        **_differences(found[0], config),
+    }
+
+
+def _differences(found: Accumulated, config: Config) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's and, rescored, from the scorer's.
+
+    Mean and largest absolute difference, nats.
+    """
+    if not len(found.logp):
+        return {"sampler_trainer_diff": 0.0}
+    difference = float((found.logp - found.logp_behaviour).abs().mean())
+    if not config.rescore:
+        return {"sampler_trainer_diff": difference}
+    largest = float((found.logp - found.logp_old).abs().max())
+    return {"sampler_trainer_diff": difference, "scorer_trainer_diff": largest}
 
 
 def clip_fraction(found: Accumulated, config: Config) -> float:

@@ -1,0 +1,165 @@
+"""Invariant plans: a row's bits do not depend on the batch it comes in, nor on how that is cut."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from head_cases import coupled, make_problem, smooth_local
+
+from rollfuse import Head, Lora, Plan, TokenBatch, linear_logp_entropy, linear_policy_loss
+from rollfuse.kernels import plan as plans
+from rollfuse.kernels.gemm import row_stride
+
+pytestmark = pytest.mark.kernels
+
+# (D, V): one block of columns, several, and a vocabulary of which a block holds few rows.
+SHAPES = [(16, 301), (96, 2500), (64, 40000)]
+
+
+def values_and_gradient(hidden, head, targets, upstream, plan, rows=None):
+    hidden = hidden.detach().requires_grad_()
+    found = linear_logp_entropy(hidden, head, targets, rows=rows, temperature=0.8, plan=plan)
+    (g,) = torch.autograd.grad((upstream * torch.stack(list(found))).sum(), hidden)
+    return found.logp.detach(), found.entropy.detach(), g
+
+
+def make(width, vocabulary, dtype=torch.float32, n_rows=300):
+    hidden = torch.randn(n_rows, width).to(dtype)
+    weight = (torch.randn(vocabulary, width) * 2 / width**0.5).to(dtype).requires_grad_()
+    bias = torch.randn(vocabulary).to(dtype)
+    lora = Lora(torch.randn(2, width).to(dtype), torch.randn(vocabulary, 2).to(dtype), 0.1)
+    targets = torch.randint(vocabulary, (n_rows,))
+    return hidden, Head(weight, bias, lora=lora), targets, torch.randn(2, n_rows)
+
+
+@pytest.mark.parametrize(("width", "vocabulary"), SHAPES)
+@pytest.mark.parametrize("kind", ["recompute", "hold"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_batch(width, vocabulary, kind, dtype):
+    if vocabulary == 40000 and plans.holds_logits(dtype) != (kind == "hold"):
+        pytest.skip("needs minutes in the interpreter; the smaller shapes have both")
+    if dtype == torch.bfloat16 and kind == "hold":
+        return  # refused, see below
+    hidden, head, targets, upstream = make(width, vocabulary, dtype)
+    plan = Plan(kind, invariant=True)
+    whole = values_and_gradient(hidden, head, targets, upstream, plan)
+    shuffled = torch.randperm(len(targets))
+    for pick in ([7], [299], [3, 200, 5], list(range(130, 270)), shuffled.tolist()):
+        part = values_and_gradient(hidden[pick], head, targets[pick], upstream[:, pick], plan)
+        for a, b in zip(part, whole, strict=True):
+            assert torch.equal(a, b[pick])
+
+
+def test_plans_budgets_and_held_rows_do_not_change_a_bit(monkeypatch):
+    hidden, head, targets, upstream = make(96, 2500)
+    want = values_and_gradient(hidden, head, targets, upstream, Plan("recompute", invariant=True))
+    row_bytes = 4 * row_stride(2500, torch.device("cpu"))
+    monkeypatch.setitem(plans._HELD_BYTES, "cpu", 200 * row_bytes)
+    for plan in (Plan(invariant=True), Plan("hold", invariant=True),
+                 Plan("recompute", 1 << 24, invariant=True)):  # fmt: skip
+        for a, b in zip(
+            values_and_gradient(hidden, head, targets, upstream, plan), want, strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_several_pairs_of_a_row():
+    hidden, head, targets, upstream = make(16, 301, n_rows=40)
+    rows = torch.randint(40, (90,))
+    targets, upstream = torch.randint(301, (90,)), torch.randn(2, 90)
+    plan = Plan(invariant=True)
+    logp, entropy, g = values_and_gradient(hidden, head, targets, upstream, plan, rows)
+    for row in range(0, 40, 7):
+        mine = rows == row
+        alone = values_and_gradient(
+            hidden[row : row + 1], head, targets[mine], upstream[:, mine], plan,
+            torch.zeros(int(mine.sum()), dtype=torch.long),
+        )  # fmt: skip
+        assert torch.equal(alone[0], logp[mine])
+        assert torch.equal(alone[1], entropy[mine])
+        assert torch.equal(alone[2][0], g[row])
+
+
+@pytest.mark.parametrize(("objective", "kind"), [(smooth_local, "fused"), (coupled, "hold")])
+def test_policy_losses_agree_with_the_scorer_to_the_bit(objective, kind):
+    """Whatever pairs are left out, whichever plan makes the gradients."""
+    problem = make_problem(n_rows=150, bias=True)
+    scored = linear_logp_entropy(
+        problem.hidden, problem.head, problem.batch.targets,
+        temperature=problem.batch.temperature, plan=Plan(invariant=True),
+    )  # fmt: skip
+    result = linear_policy_loss(
+        problem.hidden, problem.head, problem.batch, objective, plan=Plan(kind, invariant=True)
+    )
+    plain = linear_policy_loss(problem.hidden, problem.head, problem.batch, objective)
+    live = result.computed
+    assert 0 < live.sum() < len(live)
+    assert torch.equal(result.logp[live], scored.logp[live])
+    assert torch.equal(result.entropy[live], scored.entropy[live])
+    torch.testing.assert_close(result.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(result.loss, problem.leaves),
+        torch.autograd.grad(plain.loss, problem.leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert result.diagnostics.chunk_rows == result.diagnostics.slot_multiple == 128
+    both = linear_policy_loss(
+        problem.hidden, problem.head, problem.batch, objective,
+        plan=Plan(kind, dropped="score", invariant=True),
+    )  # fmt: skip
+    assert torch.equal(both.logp, scored.logp)
+
+
+def test_a_full_chunk_hands_over_what_a_filled_up_one_does():
+    """128 rows fill a chunk, one row does not: both round the gradient once, times the upstream."""
+    problem = make_problem(n_rows=128, dtype=torch.bfloat16)
+    batch = replace(problem.batch, weights=torch.full((128,), 0.01))
+
+    def gradient(hidden, batch):
+        loss = linear_policy_loss(
+            hidden, problem.head, batch, smooth_local, plan=Plan("fused", invariant=True)
+        ).loss
+        return torch.autograd.grad(loss * 3.0, hidden)[0]
+
+    whole = gradient(problem.hidden, batch)
+    for row in (0, 77):
+        alone = problem.hidden.detach()[row : row + 1].requires_grad_()
+        part = replace(batch.select(torch.tensor([row])), rows=None)
+        assert torch.equal(gradient(alone, part)[0], whole[row])
+
+
+def test_run_to_run_every_gradient_has_the_same_bits():
+    for kind, objective in (("fused", smooth_local), ("hold", coupled), ("recompute", coupled)):
+        problem = make_problem(n_rows=700, vocabulary=2500, n_pairs=900)
+        found = []
+        for _ in range(2):
+            loss = linear_policy_loss(
+                problem.hidden, problem.head, problem.batch, objective, plan=Plan(kind)
+            ).loss
+            found.append(torch.autograd.grad(loss, problem.leaves))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_cannot_be_invariant_is_refused():
+    hidden, head, targets, _ = make(16, 301, torch.bfloat16)
+    with pytest.raises(ValueError, match="invariant=True; use 'recompute'"):
+        linear_logp_entropy(hidden, head, targets, plan=Plan("hold", invariant=True))
+    with pytest.raises(ValueError, match="at least .* in chunks of 128 rows"):
+        linear_logp_entropy(hidden, head, targets, plan=Plan("recompute", 90000, invariant=True))
+    compiled = torch.compile(
+        lambda h: linear_logp_entropy(h, head, targets, plan=Plan(invariant=True)).logp,
+        backend="eager",
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="invariant: need False under torch.compile"):
+        compiled(hidden)
+
+
+def test_an_empty_batch():
+    head = Head(torch.randn(9, 4, requires_grad=True))
+    batch = TokenBatch(torch.empty(0).long(), weights=torch.empty(0))
+    result = linear_policy_loss(
+        torch.empty(0, 4), head, batch, smooth_local, plan=Plan(invariant=True)
+    )
+    assert result.loss == 0
