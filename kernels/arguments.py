@@ -25,11 +25,15 @@ class OfPairs(NamedTuple):
     support: Tensor | None = None
 
     def support_of_slots(self, layout: Layout, dtype: torch.dtype) -> Tensor | None:
-        """(S,) for a layout with one pair a slot: each brings its own target."""
+        """(S,) for a layout with one pair a slot: each brings its own target.
+
+        A little more than was asked for, so that a token on the border stays whichever way its
+        logit was rounded.
+        """
         if self.support is None:
             return None
         assert layout.one_per_slot
-        return layout.pick(self.support.to(dtype))
+        return layout.pick(self.support.to(dtype)) * (1.0 + 1e-5) + 1e-6
 
 
 def of_pairs(batch: TokenBatch) -> OfPairs:

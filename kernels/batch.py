@@ -39,8 +39,8 @@ class TokenBatch:
         temperature: positive; one float, or (P,) float32.
         support: (P,) float32, nats >= 0: how far below the row's most likely token (after softcap
             and temperature) a token could be when this one was drawn; inf: no cut. The others have
-            no probability, the target itself always has. Best a value between the last token that
-            stayed and the first that was cut, so that rounding moves neither. For min-p it is
+            no probability, the target itself always has. A token within 1e-5 of the border stays:
+            a sampler may store how far below the last token was that it kept; for min-p it is
             -log(min_p). Log-probs, entropies and gradients are then those of what is left.
         version: (P,) int64, the policy version that drew the token.
         cu_seqlens: (B + 1,) int64, where each sequence's pairs start and end, from 0 to P.

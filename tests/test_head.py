@@ -161,12 +161,11 @@ def test_main_grad_collects_what_grad_would(kind, objective, dtype):
     wide = replace(problem, weight=problem.weight.detach().float().requires_grad_())
     loss = policy(problem.hidden, wide.head, problem.batch, objective, plan=Plan(kind)).loss * 4.0
     loss.backward()
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {}
     # Under half operands exponentials are held in bfloat16.
     bound = 3e-3 if kind == "hold" and dtype == torch.bfloat16 else 1e-5
     assert relative_error(main_grad - start, wide.weight.grad) < bound
     for a, t in zip(found, both, strict=True):
-        torch.testing.assert_close(a, t.grad, **tolerance)
+        assert relative_error(a, t.grad) < (6e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_main_grad_of_a_padded_head_walked_twice():

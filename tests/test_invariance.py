@@ -8,12 +8,14 @@ from head_cases import coupled, make_problem, smooth_local
 
 from rollfuse import Head, Lora, Plan, TokenBatch, linear_logp_entropy, linear_policy_loss
 from rollfuse.kernels import plan as plans
+from rollfuse.kernels.dispatch import backend
 from rollfuse.kernels.gemm import row_stride
 
 pytestmark = pytest.mark.kernels
 
 # (D, V): one block of columns, several, and a vocabulary of which a block holds few rows.
-SHAPES = [(16, 301), (96, 2500), (64, 40000)]
+# The interpreter, which walks a row at a time, takes the first.
+SHAPES = [(16, 301), (96, 2500), (64, 40000)][: 1 if backend.name == "interpret" else 3]
 
 
 def values_and_gradient(hidden, head, targets, upstream, plan, rows=None):
@@ -36,8 +38,6 @@ def make(width, vocabulary, dtype=torch.float32, n_rows=300):
 @pytest.mark.parametrize("kind", ["recompute", "hold"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(width, vocabulary, kind, dtype):
-    if vocabulary == 40000 and plans.holds_logits(dtype) != (kind == "hold"):
-        pytest.skip("needs minutes in the interpreter; the smaller shapes have both")
     if dtype == torch.bfloat16 and kind == "hold":
         return  # refused, see below
     hidden, head, targets, upstream = make(width, vocabulary, dtype)
@@ -51,12 +51,12 @@ def test_a_row_has_the_same_bits_in_any_batch(width, vocabulary, kind, dtype):
 
 
 def test_plans_budgets_and_held_rows_do_not_change_a_bit(monkeypatch):
-    hidden, head, targets, upstream = make(96, 2500)
+    hidden, head, targets, upstream = make(*SHAPES[-1])
     want = values_and_gradient(hidden, head, targets, upstream, Plan("recompute", invariant=True))
-    row_bytes = 4 * row_stride(2500, torch.device("cpu"))
+    row_bytes = 4 * row_stride(SHAPES[-1][1], torch.device("cpu"))
     monkeypatch.setitem(plans._HELD_BYTES, "cpu", 200 * row_bytes)
     for plan in (Plan(invariant=True), Plan("hold", invariant=True),
-                 Plan("recompute", 1 << 24, invariant=True)):  # fmt: skip
+                 Plan("recompute", 1 << 26, invariant=True)):  # fmt: skip
         for a, b in zip(
             values_and_gradient(hidden, head, targets, upstream, plan), want, strict=True
         ):
@@ -131,7 +131,7 @@ def test_a_full_chunk_hands_over_what_a_filled_up_one_does():
 
 def test_run_to_run_every_gradient_has_the_same_bits():
     for kind, objective in (("fused", smooth_local), ("hold", coupled), ("recompute", coupled)):
-        problem = make_problem(n_rows=700, vocabulary=2500, n_pairs=900)
+        problem = make_problem(n_rows=1100, n_pairs=1300)
         found = []
         for _ in range(2):
             loss = linear_policy_loss(

@@ -14,15 +14,31 @@ from rollfuse.kernels.statistics import row_statistics
 pytestmark = pytest.mark.kernels
 
 
+def scores(problem):
+    """(P, V) logits at the pairs' temperatures."""
+    z = torch.nn.functional.linear(problem.hidden, problem.weight, problem.bias) * problem.scale
+    if problem.softcap is not None:
+        z = problem.softcap * torch.tanh(z / problem.softcap)
+    batch = problem.batch
+    z = z if batch.rows is None else z[batch.rows]
+    return z / batch.temperature.to(z.dtype)[:, None]
+
+
 def with_support(problem):
-    support = torch.rand(len(problem.batch)) * 5
+    """Borders half way between two tokens, the first to the 30th; and two special ones."""
+    with torch.no_grad():
+        best = scores(problem.cast(torch.float64)).topk(31).values
+    k = torch.arange(len(best)) % 30
+    border = (best.gather(1, k[:, None]) + best.gather(1, k[:, None] + 1)).squeeze(1) / 2
+    support = (best[:, 0] - border).float()
     support[0], support[1] = 0.0, torch.inf  # the most likely token alone; everything
     return replace(problem, batch=replace(problem.batch, support=support))
 
 
 def truncated(z, targets, support):
     """(logp, entropy) of rows z (P, V) over the tokens in the support and the target itself."""
-    stays = z >= z.max(1, keepdim=True).values - support[:, None]
+    border = support * (1 + 1e-5) + 1e-6  # a token on it stays, however it was rounded
+    stays = z >= z.max(1, keepdim=True).values - border[:, None]
     stays |= torch.nn.functional.one_hot(targets, z.shape[1]).bool()
     logp = torch.where(stays, z, -1e4).log_softmax(1)  # -inf times 0 would spoil the gradient
     entropy = -(logp.exp() * logp).sum(1)
@@ -30,12 +46,7 @@ def truncated(z, targets, support):
 
 
 def reference(problem, objective):
-    z = torch.nn.functional.linear(problem.hidden, problem.weight, problem.bias) * problem.scale
-    if problem.softcap is not None:
-        z = problem.softcap * torch.tanh(z / problem.softcap)
-    batch = problem.batch
-    z = z if batch.rows is None else z[batch.rows]
-    z = z / batch.temperature.to(z.dtype)[:, None]
+    batch, z = problem.batch, scores(problem)
     logp, entropy = truncated(z, batch.targets, batch.support.to(z.dtype))
     keep = batch.weights.nonzero().squeeze(1)
     part = batch.keep(keep)
@@ -133,9 +144,7 @@ def test_rows_cut_to_nothing_but_the_target():
 def test_a_target_on_the_border_counts_once(softcap):
     """A sampler may store the distance of the last token it kept, which may be the target."""
     problem = make_problem(softcap=softcap, bias=False, n_rows=400)
-    z = (problem.hidden @ problem.weight.t()).detach() * problem.scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    z = z / problem.batch.temperature[:, None]
+    z = scores(problem).detach()
     picked = z.gather(1, problem.batch.targets[:, None]).squeeze(1)
     batch = replace(problem.batch, support=z.max(1).values - picked)
     cut = replace(problem, batch=batch)
