@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
 from rollfuse.kernels.linear import linear_logp_entropy
+from rollfuse.rollout.causal_lm import head_of
 from rollfuse.rollout.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -124,22 +125,6 @@ def need_training_extra(*, is_text: bool = False) -> None:
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install rollfuse[grpo]")
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The model's LM head, with the logit softcap and scale its config names.
-
-    Raises:
-        ValueError: the model has no linear head on its hidden states.
-    """
-    linear: Any = model.get_output_embeddings()
-    got = type(linear).__name__
-    checks.need(isinstance(linear, torch.nn.Linear), "model", "a linear LM head", got)
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(linear.weight, linear.bias, scale=scale, softcap=softcap)
 
 
 @torch.no_grad()
