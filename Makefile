@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := bench dev grpo rivals
+EXTRAS := bench dev examples grpo rivals
 
 .PHONY: help demo test environment lint types tests interpreter portability format clean
 .NOTPARALLEL:
@@ -31,6 +31,7 @@ lint: environment
 types: environment
 	@echo "== types =="
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
 tests: environment
 	@echo "== tests, PyTorch path =="

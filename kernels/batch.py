@@ -140,6 +140,34 @@ class TokenBatch:
         )
 
     @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        *,
+        reduction: Reduction,
+        denominator: Tensor | float | None = None,
+        ignore_index: int = -100,
+        **per_token: Tensor | float | Mapping[str, Tensor] | None,
+    ) -> TokenBatch:
+        """`from_padded` from the labels of a causal language model, aligned with its input ids.
+
+        First labels are left out, as transformers does: no row predicts them. `token_mean` without
+        a denominator is then the mean of its loss.
+
+        Args:
+            labels: (B, L) int64, `ignore_index` where nothing is learnt.
+            reduction, denominator, per_token: as in `from_padded`; `num_items_in_batch` of
+                transformers' Trainer is such a denominator.
+            ignore_index: no token's id.
+        """
+        checks.need_int(labels, "labels")
+        checks.need(labels.dim() == 2, "labels", "shape (B, L)", tuple(labels.shape))
+        mask = labels != ignore_index
+        mask[:, :1] = False
+        ids = labels.masked_fill(~mask, 0)
+        return cls.from_padded(ids, mask, reduction=reduction, denominator=denominator, **per_token)
+
+    @classmethod
     def from_sequences(
         cls,
         ids: Sequence[Tensor],

@@ -30,6 +30,12 @@ def linear_head(module: torch.nn.Module, **options: Any) -> Head:
     return Head(weight, bias, lora=_active_lora(module), **options)
 
 
+def is_linear_head(module: torch.nn.Module) -> bool:
+    """Whether a torch.nn.Linear is what `module` is, or is wrapped around."""
+    module = _saved_by_peft(module)
+    return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
+
+
 def _saved_by_peft(module: torch.nn.Module) -> torch.nn.Module:
     """What a ModulesToSaveWrapper calls in its forward."""
     saved: Any = getattr(module, "modules_to_save", None)

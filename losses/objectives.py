@@ -4,9 +4,10 @@ All are token-local but `gspo`, whose tokens share their sequence's ratio.
 
 An objective is a surrogate plus, where asked for, a KL term and an entropy bonus. That is not all
 that distinguishes the papers: GRPO, Dr. GRPO and DAPO share the surrogate and differ in reduction
-and advantages, which belong to the batch. Each docstring names its partners.
+and advantages, which belong to the batch. Each docstring names its partners. `nll` is for
+supervised training and has nothing but its log-prob.
 
-Common to all of them:
+Common to all the others:
 
 - `batch.logp_old` is the trainer's policy at the start of the step. Without it the step is taken as
   exactly on-policy: logp.detach() stands in, every ratio is 1 and nothing is clipped. The same
@@ -184,6 +185,24 @@ def reinforce(
         return reinforce_surrogate(logp, _required(batch.advantages, "advantages"))
 
     return terms.added_to(surrogate)
+
+
+def nll() -> TokenLocal:
+    """-logp: the cross-entropy of supervised training.
+
+    A token the model forbids (logp = -inf) has an infinite loss and the gradient -1.
+
+    Partners: `TokenBatch.from_labels` and `token_mean`.
+
+    Returns:
+        An objective that reads nothing from the batch.
+    """
+
+    @token_local(uses_entropy=False)
+    def objective(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
+        return -logp
+
+    return objective
 
 
 def gspo(

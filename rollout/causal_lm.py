@@ -8,10 +8,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.head import Head
+from rollfuse.kernels.wrapped import is_linear_head, linear_head
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -32,6 +36,39 @@ def need_causal_lm(model: PreTrainedModel) -> None:
     if missing:
         got = f"{name}, whose forward lacks {', '.join(sorted(missing))}"
         raise TypeError(f"model: need a causal language model with a key-value cache, got {got}")
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The LM head of a transformers model, with the scale and softcap of its logits.
+
+    An adapter that PEFT put beside it is included.
+
+    What its config calls logit_scale (Cohere), logits_scaling (Granite), lm_head_multiplier
+    (Falcon-H1), output_multiplier (Muse) and final_logit_softcapping (Gemma). A model that does
+    something else to its logits has another softmax than this head.
+
+    Args:
+        model: a causal language model; `head_of(model)` on `model.get_decoder()`'s
+            last_hidden_state gives the model's logits, without making them.
+
+    Raises:
+        ValueError: the model has no linear head on its hidden states.
+    """
+    module: Any = model.get_output_embeddings()
+    got = type(module).__name__
+    checks.need(is_linear_head(module), "model", "a linear LM head", got)
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor = getattr(config, name, None)
+        scale *= 1.0 if factor is None else float(factor)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        # HyperCLOVA X multiplies by what Granite divides by.
+        multiplies = config.model_type == "hyperclovax"
+        scale *= float(divisor) if multiplies else 1.0 / float(divisor)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return linear_head(module, scale=scale, softcap=softcap)
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

@@ -25,10 +25,11 @@ ALLOWED = {
     "loop": {"loop", "api", "kernels", "losses", "rollout", "bench"},
     "api": {"kernels", "losses", "rollout"},
     "bench": {"bench", "api", "loop", "kernels", "losses", "rollout"},
+    "examples": {"api"},
 }
 MODULES = sorted(
     path
-    for folder in (*FOLDERS, "src/rollfuse")
+    for folder in (*FOLDERS, "src/rollfuse", "examples")
     for path in (ROOT / folder).rglob("*.py")
     if not any(parent.is_symlink() for parent in path.parents)
 )
@@ -103,6 +104,7 @@ def test_dependencies_point_one_way(path: Path):
         ("rollout", "from rollfuse.losses import kl"),
         ("loop", "import triton"),
         ("loop", "import kernels.batch"),
+        ("examples", "from rollfuse.policy import head_of"),
     ],
 )
 def test_a_planted_breach_is_found(part: str, source: str):
@@ -111,7 +113,7 @@ def test_a_planted_breach_is_found(part: str, source: str):
 
 def test_no_folder_is_a_regular_package():
     # With an __init__.py, kernels/ would hide Hugging Face's package of that name.
-    for folder in (*FOLDERS, "tests", "kernels/_triton"):
+    for folder in (*FOLDERS, "tests", "examples", "kernels/_triton"):
         assert not (ROOT / folder / "__init__.py").exists(), folder
 
 

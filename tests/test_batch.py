@@ -142,6 +142,51 @@ def test_a_wrong_value_outside_the_mask_is_no_error():
     assert _padded(logp_old=logp_old).logp_old.tolist() == [-1.0] * 4
 
 
+# -- from_labels ----------------------------------------------------------------------------
+
+
+def test_labels_are_ids_with_holes():
+    labels = torch.tensor([[10, -100, 12, 13], [-100, -100, -100, -100], [-100, 31, -100, 33]])
+    batch = TokenBatch.from_labels(labels, reduction=token_mean, advantages=torch.arange(3.0))
+    # The first label, 10, has no row that predicts it.
+    assert batch.targets.tolist() == [12, 13, 31, 33]
+    assert batch.rows.tolist() == [1, 2, 8, 10]
+    assert batch.cu_seqlens.tolist() == [0, 2, 2, 4]
+    assert batch.advantages.tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert batch.weights.tolist() == [0.25] * 4
+    assert labels[0, 0] == 10 and labels[1, 0] == -100  # the caller's are left alone
+    share = TokenBatch.from_labels(labels, reduction=token_mean, denominator=torch.tensor(8))
+    assert share.weights.tolist() == [0.125] * 4
+
+
+def test_another_value_may_stand_for_nothing():
+    labels = torch.tensor([[5, 0, 7, -1]])
+    assert TokenBatch.from_labels(
+        labels, reduction=token_mean, ignore_index=-1
+    ).targets.tolist() == [0, 7]
+    with pytest.raises(ValueError, match="targets: need token ids >= 0"):
+        TokenBatch.from_labels(labels, reduction=token_mean)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (3, 1)])
+def test_no_labels_are_an_empty_batch(shape):
+    labels = torch.ones(shape, dtype=torch.int64)
+    assert len(TokenBatch.from_labels(labels, reduction=token_mean)) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (IDS.float(), TypeError, "labels: need int64"),
+        (IDS[0], ValueError, r"labels: need shape \(B, L\)"),
+        ([[1, 2]], TypeError, "labels: need a torch.Tensor"),
+    ],
+)
+def test_from_labels_bad_input(labels, error, message):
+    with pytest.raises(error, match=message):
+        TokenBatch.from_labels(labels, reduction=token_mean)
+
+
 # -- from_sequences -------------------------------------------------------------------------
 
 

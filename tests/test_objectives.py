@@ -10,7 +10,7 @@ import torch
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.objective import active_pairs, check_objective, evaluate
 from rollfuse.losses.kl import k1, k2, k3
-from rollfuse.losses.objectives import dapo, dr_grpo, grpo, reinforce
+from rollfuse.losses.objectives import dapo, dr_grpo, grpo, nll, reinforce
 
 INF = math.inf
 CLIPPED = (grpo, dr_grpo, dapo)
@@ -156,6 +156,15 @@ def test_reinforce_by_hand_ignores_logp_old():
     values, grad = _values(reinforce(), [-1.0, -3.0, -2.0], batch)
     _expect(values, [2.0, -1.5, 0.0])
     _expect(grad, [-2.0, 0.5, 0.0])
+
+
+def test_nll_reads_nothing_but_the_log_prob():
+    batch = _batch([0.0, 2.0, -1.0], logp_old=[-9.0] * 3)
+    values, grad = _values(nll(), [-1.0, -3.0, -INF], replace(batch, advantages=None))
+    _expect(values, [1.0, 3.0, INF])
+    _expect(grad, [-1.0, -1.0, -1.0])
+    check_objective(nll(), _nasty_batch())
+    assert active_pairs(nll(), batch).all()  # a zero advantage says nothing here
 
 
 def test_kl_and_entropy_terms_by_hand():

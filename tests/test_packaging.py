@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "losses", "rollout", "bench")
 CORE = ("rollfuse.kernels.", "rollfuse.losses.")
 # PyPI's triton, which the rivals require, would cover the one a ROCm torch brings.
-INSTALLED_EXTRAS = {"grpo", "bench", "dev"} | (set() if torch.version.hip else {"rivals"})
+INSTALLED_EXTRAS = {"grpo", "bench", "dev", "examples"}
+INSTALLED_EXTRAS |= set() if torch.version.hip else {"rivals"}
 # Namespace folders are not found by pkgutil, so the wheel's own list of files names the modules.
 IMPORT_ALL = """
 import importlib, json, sys

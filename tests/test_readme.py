@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-MAPPED = ("src/rollfuse", "kernels", "kernels/_triton", "losses", "rollout", "bench")
+MAPPED = ("src/rollfuse", "kernels", "kernels/_triton", "losses", "rollout", "bench", "examples")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
 from rollfuse.kernels.wrapped import linear_head
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k1, k2, k3
-from rollfuse.losses.objectives import dapo, dr_grpo, grpo, gspo, reinforce
+from rollfuse.losses.objectives import dapo, dr_grpo, grpo, gspo, nll, reinforce
 from rollfuse.losses.reductions import (
     constant_length,
     sequence_mean,
@@ -23,6 +23,7 @@ from rollfuse.losses.reductions import (
     token_mean,
 )
 from rollfuse.losses.surrogates import clipped_surrogate
+from rollfuse.rollout.causal_lm import head_of
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.packing import hidden_rows, pack_rollout, token_batch
 from rollfuse.rollout.record import Finish, Rollout, Source
@@ -30,12 +31,12 @@ from rollfuse.rollout.record import Finish, Rollout, Source
 __all__ = [
     # the head
     "Head", "LogpEntropy", "Lora", "Plan", "PlanReport", "PolicyLoss", "TokenBatch", "backend",
-    "check_objective", "explain", "linear_head", "linear_logp_entropy", "linear_policy_loss",
-    "logp_entropy", "policy_loss", "token_local",
+    "check_objective", "explain", "head_of", "linear_head", "linear_logp_entropy",
+    "linear_policy_loss", "logp_entropy", "policy_loss", "token_local",
     # objectives, KL estimators, reductions, credit
     "clipped_surrogate", "constant_length", "dapo", "dr_grpo", "grpo", "grpo_advantages",
-    "gspo", "k1", "k2", "k3", "reinforce", "rloo_advantages", "sequence_mean", "sequence_sum",
-    "token_mean",
+    "gspo", "k1", "k2", "k3", "nll", "reinforce", "rloo_advantages", "sequence_mean",
+    "sequence_sum", "token_mean",
     # noise and sampling
     "Purpose", "Sampled", "Sampling", "fork_streams", "need_distinct_streams", "new_streams",
     "sample_tokens",

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
 from rollfuse.kernels.linear import linear_logp_entropy
-from rollfuse.kernels.wrapped import linear_head
+from rollfuse.rollout.causal_lm import head_of
 from rollfuse.rollout.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -126,23 +126,6 @@ def need_training_extra(*, is_text: bool = False) -> None:
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install rollfuse[grpo]")
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The model's LM head, with the logit softcap and scale its config names.
-
-    Raises:
-        ValueError: the model has no linear head on its hidden states.
-    """
-    linear: Any = model.get_output_embeddings()
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    try:
-        return linear_head(linear, scale=scale, softcap=softcap)
-    except TypeError as error:
-        raise ValueError(f"model: need a linear LM head, got {type(linear).__name__}") from error
 
 
 @torch.no_grad()
