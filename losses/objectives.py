@@ -245,10 +245,13 @@ def gspo(
         borders = _required(batch.cu_seqlens, "cu_seqlens")
         # Held high up, so that -inf and inf in one sequence make a ratio of 0 and not of NaN.
         of_token = log_ratio(logp, _anchor(logp, batch)).clamp(max=1e6)
-        mean = sequence_means(of_token, borders)
+        # float64 until each token has it: backwards the derivatives of a sequence's tokens are
+        # added up, and in float32 the error of that sum would be in all of them.
+        mean = sequence_means(of_token.double(), borders)
         ratio = mean.clamp(max=MAX_LOG_RATIO).exp()
+        of_tokens = ratio.repeat_interleave(borders.diff(), output_size=len(logp))
         return clipped_surrogate(
-            ratio.repeat_interleave(borders.diff(), output_size=len(logp)),
+            of_tokens.to(logp.dtype),
             _required(batch.advantages, "advantages"),
             batch.scalars.get("eps_low", eps_low),
             batch.scalars.get("eps_high", eps_high),

@@ -10,7 +10,7 @@ import torch
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.objective import active_pairs, check_objective, evaluate
 from rollfuse.losses.kl import k1, k2, k3
-from rollfuse.losses.objectives import dapo, dr_grpo, grpo, nll, reinforce
+from rollfuse.losses.objectives import dapo, dr_grpo, grpo, gspo, nll, reinforce
 
 INF = math.inf
 CLIPPED = (grpo, dr_grpo, dapo)
@@ -375,3 +375,20 @@ def test_no_tensor_on_a_device_is_read(factory):
 def test_an_empty_batch(factory):
     result = evaluate(factory(), torch.zeros(0), torch.zeros(0), _batch([], logp_old=[]))
     assert result.loss == 0 and result.dlogp.shape == (0,)
+
+
+def test_a_sequences_derivatives_are_added_up_exactly():
+    """In float32 the sum over a long sequence would put its error into every token's derivative."""
+    n = 5000
+    logp = (-torch.rand(n) * 3).requires_grad_()
+    batch = TokenBatch(
+        torch.zeros(n, dtype=torch.long),
+        torch.full((n,), 1.0 / n),
+        advantages=torch.full((n,), 0.7),
+        logp_old=logp.detach() + 0.01 * torch.randn(n),
+        cu_seqlens=torch.tensor([0, n]),
+    )
+    loss = (batch.weights * gspo(0.2, 0.2)(logp, logp, batch)).sum()
+    (ours,) = torch.autograd.grad(loss, logp)
+    exact = -0.7 / n * (logp.detach().double() - batch.logp_old.double()).mean().exp()
+    assert ((ours.double() - exact) / exact).abs().max() < 3e-7
