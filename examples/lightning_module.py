@@ -54,7 +54,8 @@ class FusedPolicy(lightning.LightningModule):
 
     def share_of(self, step_tokens: Tensor) -> Tensor:
         """() tokens a micro-batch of a rank, so that Lightning's two averages give back the sum."""
-        over_ranks = self.trainer.strategy.reduce(step_tokens, reduce_op="sum")
+        # A copy, because it reduces in place and the step's micro-batches share the tensor.
+        over_ranks = self.trainer.strategy.reduce(step_tokens.clone(), reduce_op="sum")
         return over_ranks / (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

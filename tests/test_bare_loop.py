@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from gradient_checks import assert_models_no_worse, exact, gradients, weights
 from torch import Tensor, nn
+from two_ranks import run_two_ranks
 
 pytest.importorskip("transformers", reason="needs transformers: the extra [examples]")
 
 import bare_loop
 from bare_loop import Learner, Samples, sample, update
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -38,12 +33,14 @@ def samples(model: nn.Module) -> Samples:
     return Samples(found.ids, attention, mask, torch.randn(len(mask)))
 
 
-def updated(model: nn.Module, samples: Samples, dtype=None) -> tuple[float, dict[str, Tensor]]:
+def updated(
+    model: nn.Module, samples: Samples, dtype=None, max_norm=torch.inf
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the example's update."""
     learner = Learner(copy.deepcopy(model))
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    loss = update(learner, optimizer, scaler, samples, dtype, max_norm=torch.inf)
+    loss = update(learner, optimizer, scaler, samples, dtype, max_norm)
     return loss, gradients(learner.model)
 
 
@@ -74,6 +71,13 @@ def test_update_equals_one_plain_step(model, samples, dtype):
     assert_models_no_worse(ours, ref, truth)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_it_is_the_unscaled_gradient_that_is_clipped(model, samples, dtype):
+    _, found = updated(model, samples, dtype, max_norm=1e-3)
+    norm = torch.cat([grad.flatten() for grad in found.values()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=0.01)
+
+
 def test_an_overflow_skips_the_step_and_lowers_the_scale(model, samples):
     learner = Learner(model)
     before = weights(model)
@@ -86,41 +90,31 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(model, samples):
 
 
 RANK = """
-import sys, torch
+import sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from bare_loop import Learner, Samples, tiny_model, update
 
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+folder = sys.argv[1]
+dist.init_process_group("gloo")
 state, samples = torch.load(f"{folder}/in.pt")
 model = tiny_model()
 model.load_state_dict(state)
 # Six responses here, ten there.
-part = Samples(*(t[:6] if rank == 0 else t[6:] for t in samples))
+part = Samples(*(t[:6] if dist.get_rank() == 0 else t[6:] for t in samples))
 learner = DistributedDataParallel(Learner(model))
 optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
 scaler = torch.amp.GradScaler("cpu", enabled=False)
 loss = update(learner, optimizer, scaler, part, None, max_norm=torch.inf)
 grads = {name: p.grad for name, p in model.named_parameters()}
-torch.save((loss, grads), f"{folder}/out{rank}.pt")
-dist.barrier()
+torch.save((loss, grads), f"{folder}/out{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
 
 def test_two_ranks_make_the_gradients_of_one(model, samples, tmp_path):
     torch.save((model.state_dict(), tuple(samples)), tmp_path / "in.pt")
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    run_two_ranks(RANK, tmp_path)
     (loss0, first), (loss1, second) = (torch.load(tmp_path / f"out{r}.pt") for r in range(2))
     loss, alone = updated(model, samples)
     # The ranks' average is the mean over all tokens.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradient_checks import Tensors, assert_models_no_worse, exact, moved, weights
 from tiny_models import tiny_qwen3
+from two_ranks import run_two_ranks
 
 pytest.importorskip("transformers", reason="needs transformers: the extra [examples]")
 lightning = pytest.importorskip("lightning", reason="needs lightning: the extra [examples]")
@@ -31,7 +32,7 @@ def batches():
     return found
 
 
-def fitted(model, batches, precision="32-true") -> Tensors:
+def fitted(model, batches, precision="32-true", **keywords) -> Tensors:
     """How far Lightning moves the weights in two steps."""
     model = copy.deepcopy(model)
     before = weights(model)
@@ -44,16 +45,17 @@ def fitted(model, batches, precision="32-true") -> Tensors:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **keywords,
     )
     trainer.fit(Descent(model), InSteps(batches, ACCUMULATE))
     assert trainer.global_step == 2
     return moved(weights(model), before)
 
 
-def descended(model, batches, dtype=None) -> Tensors:
+def descended(model, steps, dtype=None) -> Tensors:
     model = copy.deepcopy(model)
     before = weights(model)
-    for step in (batches[:ACCUMULATE], batches[ACCUMULATE:]):
+    for step in steps:
         whole = {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
         model.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -74,12 +76,37 @@ def descended(model, batches, dtype=None) -> Tensors:
 
 def test_fit_equals_a_plain_loop(batches):
     model = tiny_qwen3(vocab_size=64)
-    ours, plain = fitted(model, batches), descended(model, batches)
-    assert_models_no_worse(ours, plain, descended(exact(model), batches))
+    steps = batches[:ACCUMULATE], batches[ACCUMULATE:]
+    ours, plain = fitted(model, batches), descended(model, steps)
+    assert_models_no_worse(ours, plain, descended(exact(model), steps))
 
 
 def test_autocast_is_no_worse_than_a_plain_loops(batches):
     model = tiny_qwen3(vocab_size=64)
+    steps = batches[:ACCUMULATE], batches[ACCUMULATE:]
     ours = fitted(model, batches, "bf16-mixed")
-    plain = descended(model, batches, torch.bfloat16)
-    assert_models_no_worse(ours, plain, descended(exact(model), batches))
+    plain = descended(model, steps, torch.bfloat16)
+    assert_models_no_worse(ours, plain, descended(exact(model), steps))
+
+
+RANK = """
+import os, sys
+from test_lightning_module import fitted
+from tiny_models import tiny_qwen3
+
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+batches = torch.load(f"{folder}/in.pt")[rank]
+moved = fitted(tiny_qwen3(vocab_size=64), batches, devices=2, strategy="ddp")
+torch.save(moved, f"{folder}/out{rank}.pt")
+"""
+
+
+def test_two_ranks_take_the_steps_of_one(batches, tmp_path):
+    """Four micro-batches a rank, of different lengths: steps of three and of one."""
+    torch.save((batches[:4], [*batches[4:], *batches[:3]]), tmp_path / "in.pt")
+    run_two_ranks(RANK, tmp_path)
+    steps = [*batches[:3], batches[4], *batches[:2]], [batches[3], batches[2]]
+    model = tiny_qwen3(vocab_size=64)
+    plain, truth = descended(model, steps), descended(exact(model), steps)
+    for rank in range(2):
+        assert_models_no_worse(torch.load(tmp_path / f"out{rank}.pt"), plain, truth)

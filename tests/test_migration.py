@@ -106,7 +106,7 @@ class Case:
             B,
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_ligers_loss_under_our_names(liger, keywords, objective, reduction, denominator):
     case = Case()

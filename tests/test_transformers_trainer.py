@@ -11,12 +11,14 @@ from gradient_checks import Tensors, assert_models_no_worse, exact, moved, weigh
 from tiny_models import tiny_qwen3
 from torch import nn
 from torch.nn.functional import cross_entropy
+from two_ranks import run_two_ranks
 
-transformers = pytest.importorskip(
-    "transformers", reason="needs transformers: the extra [examples]"
-)
+from rollfuse import linear_policy_loss
+
+pytest.importorskip("transformers", reason="needs transformers: the extra [examples]")
 pytest.importorskip("accelerate", reason="needs accelerate: the extra [examples]")
 
+import transformers_trainer  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainingArguments  # noqa: E402
 from transformers_trainer import FusedTrainer, collate, counting_examples  # noqa: E402
 
@@ -105,14 +107,51 @@ def test_accumulation_equals_one_big_batch(tmp_path):
     assert_models_no_worse(parts, whole, truth)
 
 
-def test_autocast_is_no_worse_than_the_stock_trainers(tmp_path):
-    model = tiny_qwen3(vocab_size=64)
+def test_autocast_is_no_worse_than_the_stock_trainers(tmp_path, monkeypatch):
+    model, loss, seen = tiny_qwen3(vocab_size=64), linear_policy_loss, []
+
+    def spied(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(*arguments)
+
+    monkeypatch.setattr(transformers_trainer, "linear_policy_loss", spied)
     _, ours = trained(FusedTrainer, model, tmp_path, bf16=True)
     _, stock = trained(Trainer, model, tmp_path, bf16=True)
     _, truth = descended(model, collate)
     worst = max(relative_error(ours[name], truth[name]) for name in truth)
-    assert 1e-4 < worst < 0.2  # half precision was at work
+    assert 1e-4 < worst < 0.2  # half precision was at work, in the head as well
+    assert seen == [True] * 2 * STEPS
     assert_models_no_worse(ours, stock, truth)
+
+
+RANK = """
+import os, sys
+from pathlib import Path
+from test_transformers_trainer import FusedTrainer, Trainer, trained
+from tiny_models import tiny_qwen3
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+for is_average in (True, False):
+    for kind in (FusedTrainer, Trainer):
+        found = trained(
+            kind,
+            tiny_qwen3(vocab_size=64),
+            folder,
+            ddp_backend="gloo",
+            average_tokens_across_devices=is_average,
+        )
+        torch.save(found, folder / f"{kind.__name__}-{is_average}-{rank}.pt")
+"""
+
+
+def test_two_ranks_train_like_the_stock_trainers(tmp_path):
+    run_two_ranks(RANK, tmp_path)
+    for run in ("True-0", "False-1"):
+        losses, ours = torch.load(tmp_path / f"FusedTrainer-{run}.pt")
+        stock_losses, stock = torch.load(tmp_path / f"Trainer-{run}.pt")
+        assert losses == pytest.approx(stock_losses, rel=1e-5)
+        for name, value in ours.items():
+            assert relative_error(value, stock[name]) < 1e-4, name
 
 
 def test_a_softcap_is_the_models(tmp_path):
