@@ -72,7 +72,9 @@ def make_inputs(  # noqa: PLR0913
     found = bare(head)
     rows = found.all_rows(hidden.detach())
     support = pairs.support_of_slots(layout, wide)
-    return Inputs(rows, found, operand, layout, picked, of_slots, support)
+    return Inputs(
+        rows, found, operand, layout, picked, of_slots, support, invariant=slot_multiple > 1
+    )
 
 
 def describe(  # noqa: PLR0913
@@ -104,13 +106,15 @@ def describe(  # noqa: PLR0913
         weight_dtype=head.weight.dtype,
         device=hidden.device,
         needs_hidden=needs.hidden,
-        needs_weight=needs.weight or needs.bias,
+        needs_weight=needs.weight,
+        needs_bias=needs.bias,
         token_local=token_local,
         bias=head.bias is not None,
         softcap=head.softcap is not None,
         rank=0 if head.lora is None else head.lora.rank,
         lora_dtype=operand if head.lora is None else head.lora.b.dtype,
-        needs_lora=needs.lora,
+        needs_lora_a=needs.lora_a,
+        needs_lora_b=needs.lora_b,
         main_grad=head.main_grad is not None,
         n_ranks=1 if head.shard is None else head.shard.n_ranks,
         n_rows=head.n_rows(hidden),

@@ -53,7 +53,9 @@ class Problem:
     softcap: bool
     rank: int = 0  # of a LoRA adapter; 0: there is none
     lora_dtype: torch.dtype = torch.float32
-    needs_lora: bool = False
+    needs_bias: bool = False
+    needs_lora_a: bool = False
+    needs_lora_b: bool = False
     main_grad: bool = False
     n_ranks: int = 1  # the vocabulary is split over
     n_rows: int = 0  # hidden rows, of all ranks
@@ -63,7 +65,11 @@ class Problem:
 
     @property
     def needs_head(self) -> bool:
-        return self.needs_weight or self.needs_lora
+        return self.needs_weight or self.needs_bias or self.needs_lora
+
+    @property
+    def needs_lora(self) -> bool:
+        return self.needs_lora_a or self.needs_lora_b
 
     @property
     def item(self) -> int:
@@ -148,18 +154,11 @@ def handing_over_bytes(problem: Problem, *, slabwise: bool = False) -> int:
 
 
 def product_flops(problem: Problem, kind: str, held: int) -> int:
-    forward = 2 * problem.vocabulary * (problem.width + problem.rank)
-    total = forward * problem.n_slots
-    gradients = (
-        2
-        * problem.vocabulary
-        * (
-            problem.width * (int(problem.needs_hidden) + int(problem.needs_weight))
-            + problem.rank
-            * (int(problem.needs_hidden or problem.needs_lora) + int(problem.needs_lora))
-        )
-    )
-    total += gradients * problem.n_slots
-    if gradients and kind in ("hold", "recompute"):
+    forward = problem.width + problem.rank
+    gradients = problem.width * (int(problem.needs_hidden) + int(problem.needs_weight))
+    gradients += problem.rank * int(problem.needs_hidden or problem.needs_lora_a)
+    gradients += problem.rank * int(problem.needs_lora_b)
+    total = (forward + gradients) * problem.n_slots
+    if kind in ("hold", "recompute") and (problem.needs_hidden or problem.needs_head):
         total += forward * (problem.n_slots - held)
-    return total
+    return 2 * problem.vocabulary * total

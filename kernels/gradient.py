@@ -23,6 +23,7 @@ from rollfuse.kernels.statistics import (
     Exponentials,
     Scratch,
     bits_from_top,
+    exponentials,
     finite,
     prepare,
     row_entropy,
@@ -171,7 +172,7 @@ def fill_gradient_torch(  # noqa: PLR0913
         where = slice(start, stop) if rows is None else rows[start:stop]
         pre = prepare(logits[where], part, scratch)
         bits = bits_from_top(pre, stats.top[start:stop], part, scratch.first)
-        exps = torch.exp2(bits, out=scratch.second[: stop - start])
+        exps = exponentials(bits, part, scratch.second[: stop - start])
         slope = coefficients.alpha[start:stop].unsqueeze(1)
         if coefficients.beta is not None:
             beta = coefficients.beta[start:stop] * NATS_PER_BIT

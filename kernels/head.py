@@ -45,7 +45,8 @@ class Lora:
         checks.need(good, "lora.b", f"shape (V, {rank}), the rank of a", tuple(self.b.shape))
         checks.need(rank >= 1, "lora.a", "r >= 1", rank)
         checks.need_same_device(self.b, self.a, "lora.b", "lora.a")
-        checks.need(math.isfinite(self.scale), "lora.scale", "a finite value", self.scale)
+        good = -math.inf < self.scale < math.inf
+        checks.need(good, "lora.scale", "a finite value", self.scale)
 
     @property
     def rank(self) -> int:
@@ -65,8 +66,8 @@ class Head:
             number: padding is in no softmax and gets gradients of 0. None: all.
         lora: an adapter beside the weight, or None.
         main_grad: (V, D) contiguous, float32 (float64 beside a float64 weight), or None. The
-            weight's gradient is added to it in the backward, and the weight's own `grad` stays as
-            it is, as in Megatron's fused gradient accumulation.
+            weight's gradient is added to it in the backward, whatever that was asked for, and the
+            weight's own `grad` stays as it is, as in Megatron's fused gradient accumulation.
         group: the weight is this rank's rows of a vocabulary split over the group's ranks, in their
             order. All ranks make the Head together (it is a collective; make it once and keep it)
             and call an op with the same hidden states, batch and plan; targets are ids of the whole
@@ -172,7 +173,12 @@ class BareHead:
         return self.weight.shape[1]
 
     def transform(
-        self, temperature: Tensor, dtype: torch.dtype, support: Tensor | None = None
+        self,
+        temperature: Tensor,
+        dtype: torch.dtype,
+        support: Tensor | None = None,
+        *,
+        invariant: bool = False,
     ) -> Transform:
         """The map from a raw product h W' to z for slots at `temperature` (S,).
 
@@ -181,7 +187,8 @@ class BareHead:
         bias = None if self.bias is None else self.bias.to(dtype).contiguous()
         pre_scale = None if self.softcap is None else self.scale / self.softcap
         factor = (self.scale if self.softcap is None else self.softcap) / temperature.to(dtype)
-        return Transform(factor, bias, pre_scale, None if support is None else support / factor)
+        reach = None if support is None else support / factor
+        return Transform(factor, bias, pre_scale, reach, invariant)
 
     def all_rows(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden rows of all ranks."""
@@ -296,10 +303,13 @@ def _join(head: Head, group: ProcessGroup) -> Shard:
         "scale of lora": 0.0 if head.lora is None else head.lora.scale,
         "sequence_parallel": float(head.sequence_parallel),
         # These steer the plan, which must be one.
-        "size of dtype": float(head.weight.dtype.itemsize),
         "main_grad": float(head.main_grad is not None),
     }
     names = ("weight", "bias", "lora.a", "lora.b")
     for name, parameter in zip(names, head.parameters, strict=True):
-        traits[f"gradient of {name}"] = float(parameter is not None and parameter.requires_grad)
+        if parameter is not None:
+            traits[f"dtype of {name}"] = float(checks.FLOATS.index(parameter.dtype))
+            traits[f"requires_grad of {name}"] = float(parameter.requires_grad)
+        else:
+            traits |= {f"dtype of {name}": -1.0, f"requires_grad of {name}": 0.0}
     return join_shards(group, head.local_vocabulary, traits, head.weight.device)

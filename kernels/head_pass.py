@@ -42,6 +42,7 @@ class Inputs:
     targets: Tensor  # (A,) int64 token ids of the layout's pairs
     temperature: Tensor  # (S,)
     support: Tensor | None = None  # (S,) nats; one pair a slot where there is one
+    invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,8 @@ class HeadPass:
         inputs, slots = self.inputs, slice(chunk.start, chunk.stop)
         support = None if inputs.support is None else inputs.support[slots]
         dtype = self.workspace.dtype
-        return inputs.head.transform(inputs.temperature[slots], dtype, support)
+        temperature = inputs.temperature[slots]
+        return inputs.head.transform(temperature, dtype, support, invariant=inputs.invariant)
 
     def _places(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(slot in the chunk (a,), target (a,)) of the chunk's pairs."""

@@ -50,6 +50,8 @@ _HELD_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _CACHE_BYTES = {"cpu": 1 << 24}
 # Rows of every chunk of an invariant plan, where a row alone costs as much as a chunk.
 _INVARIANT_ROWS = {"cpu": 128, "cuda": 512}
+# MKL was seen to sum rows of one product in different orders at widths 5, 6, 7 and 9.
+_INVARIANT_WIDTH = 16
 # A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
 _LEAST_ROWS = 16
 
@@ -68,7 +70,9 @@ class Plan:
             is cut: chunks have one size, the last is filled up. A row alone costs a whole chunk
             (128 rows on a CPU, 512 elsewhere), several pairs of a row cost a row each, and rows
             that turn out to have no derivative are not left out. On one machine, with one number
-            of threads; what an objective makes of its vectors is its own.
+            of threads, and as far as its BLAS treats the rows of a product alike: the tests look
+            at MKL, `bench gpu` at a GPU, where three or more pairs of one row are added in no fixed
+            order. What an objective makes of its vectors is its own.
 
     Inside `torch.utils.checkpoint` an op is correct and runs twice (with use_reentrant=True the
     first time without gradients). It keeps no logits, so there is little to gain: leave it outside.
@@ -292,6 +296,11 @@ def _choose_kind(problem: Problem, plan: Plan) -> tuple[Kind, str]:
         raise ValueError(
             "invariant: need operands whose gradients keep their scale, got float16, which is "
             "scaled by the largest entry of a chunk; use bfloat16"
+        )
+    if plan.invariant and problem.width < _INVARIANT_WIDTH:
+        raise ValueError(
+            f"invariant: need hidden states of width >= {_INVARIANT_WIDTH}, got {problem.width}: a "
+            "BLAS treats rows of narrower products unlike"
         )
     if requested is not None:
         return requested, "requested"

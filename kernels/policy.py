@@ -152,7 +152,8 @@ def policy_loss(
         batch, objective: as in `linear_policy_loss`.
         overwrite_logits: the gradient is written over the logits, whose values are lost (in the
             forward already if the objective is token-local); it saves their size in memory. The
-            logits must not be a leaf or used elsewhere.
+            logits must not be a leaf or used elsewhere, must lie in memory as (R, V) rows, and each
+            row must have one temperature and support.
 
     Returns:
         PolicyLoss, differentiable in logits.
@@ -166,10 +167,16 @@ def policy_loss(
         base = logits if logits._base is None else logits._base
         good = not base.is_leaf
         checks.need(good, "overwrite_logits", "logits computed from parameters", "a leaf")
+        in_place = flat.data_ptr() == logits.data_ptr() and flat.stride(1) == 1
+        needed, got = "logits that are (R, V) rows in memory", "ones that had to be copied"
+        checks.need(in_place, "overwrite_logits", needed, got)
     vocabulary = flat.shape[1]
     layout = _layout(_RowsOf("logits", flat.shape[0], flat, vocabulary), batch, objective)
     # A device would read the gradient once more to multiply it by the upstream factor, which
     # float16 needs before it is rounded.
+    if overwrite_logits:
+        needed, got = "one temperature and support a row", "several"
+        checks.need(layout.unique_rows, "overwrite_logits", needed, got)
     is_fused = (
         isinstance(objective, TokenLocal)
         and layout.unique_rows
@@ -338,12 +345,14 @@ def _score_dropped(
 
 def _with_dropped(result: PolicyLoss, layout: Layout, found: LogpEntropy) -> PolicyLoss:
     """`result` with logp and entropy of the pairs that were not computed."""
-    assert layout.pairs is not None
+    everything = torch.ones_like(result.computed)
+    if layout.pairs is None:  # no pair was left to compute
+        return replace(result, logp=found.logp, entropy=found.entropy, computed=everything)
     return replace(
         result,
         logp=result.logp.index_copy(0, layout.pairs, found.logp),
         entropy=result.entropy.index_copy(0, layout.pairs, found.entropy),
-        computed=torch.ones_like(result.computed),
+        computed=everything,
     )
 
 

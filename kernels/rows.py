@@ -32,11 +32,13 @@ class Transform(NamedTuple):
     bias: Tensor | None = None  # (V,)
     pre_scale: float | None = None  # scale / softcap under a softcap
     reach: Tensor | None = None  # (S,) how far pre(g) may be below the maximum; past it p is 0
+    invariant: bool = False  # an element's exponential has the same bits wherever it lies
 
     def rows(self, start: int, stop: int) -> Transform:
         # Written out: torch.compile of torch 2.11 cannot trace `_replace`.
         reach = None if self.reach is None else self.reach[start:stop]
-        return Transform(self.factor[start:stop], self.bias, self.pre_scale, reach)
+        factor = self.factor[start:stop]
+        return Transform(factor, self.bias, self.pre_scale, reach, self.invariant)
 
 
 class RowStatistics(NamedTuple):

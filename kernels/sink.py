@@ -80,7 +80,8 @@ class GradientSink:
 
     def add(self, run: HeadPass, chunk: Chunk, dz: Tensor, scale: Tensor | None = None) -> None:
         """Add a chunk of `run`: the gradient dz (c, V), times `scale`, of its products."""
-        dadapted = run.adapter_gradient(dz, scale)
+        wants_it = self.needs.hidden or self.needs.lora_a
+        dadapted = run.adapter_gradient(dz, scale) if wants_it else None
         if self.dhidden is not None:
             self._add_hidden(run, chunk, dz, scale, dadapted)
         if self.dweight is not None or self.needs.lora:

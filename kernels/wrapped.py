@@ -56,6 +56,14 @@ def _linear(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             "module: need a torch.nn.Linear, or PEFT's wrapper around one, got "
             f"{type(module).__name__}"
         )
+    own_forward = "forward" in vars(module) or type(module).forward is not torch.nn.Linear.forward
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    if own_forward or hooked:
+        got = "one with a forward of its own" if own_forward else "one with forward hooks"
+        raise TypeError(
+            f"module: need a torch.nn.Linear that does nothing else, got {got}; pass "
+            "Head(module.weight, module.bias) if that is all there is to it"
+        )
     return module.weight, module.bias
 
 

@@ -279,7 +279,7 @@ class _Terms:
         checks.need(good, "kl_coef", "a finite value >= 0", self.kl_coef)
         good = self.kl is not None or self.kl_coef == 0.0
         checks.need(good, "kl", "an estimator such as k3 (kl_coef is not 0)", None)
-        good = math.isfinite(self.entropy_coef)
+        good = -math.inf < self.entropy_coef < math.inf
         checks.need(good, "entropy_coef", "a finite value", self.entropy_coef)
         good = self.tis_cap is None or 0.0 < self.tis_cap < math.inf
         checks.need(good, "tis_cap", "a finite value > 0 or None", self.tis_cap)

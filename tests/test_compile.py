@@ -200,6 +200,20 @@ def test_what_compile_cannot_serve_is_refused():
         held(problem.hidden)
 
 
+@pytest.mark.parametrize("make", [grpo, gspo])
+def test_objectives_made_inside(make):
+    problem = make_problem()
+    n = len(problem.batch)
+    borders = torch.tensor([0, n // 2, n])
+    batch = dataclasses.replace(problem.batch, cu_seqlens=borders, weights=torch.ones(n))
+
+    def loss(hidden):
+        return linear_policy_loss(hidden, problem.head, batch, make()).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(problem.hidden), loss(problem.hidden))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     problem = make_problem(n_pairs=40, dtype=dtype)

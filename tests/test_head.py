@@ -7,7 +7,7 @@ import torch
 from check import assert_close, assert_no_worse, relative_error
 from head_cases import coupled, gradients, make_problem, reference, smooth, smooth_local
 
-from rollfuse import Head, Lora, Plan, TokenBatch, linear_head, linear_logp_entropy
+from rollfuse import Head, Lora, Plan, TokenBatch, explain, linear_head, linear_logp_entropy
 from rollfuse import linear_policy_loss as policy
 from rollfuse.kernels import gemm, plan
 
@@ -336,6 +336,32 @@ def test_adapters_that_are_not_plain_are_refused():
 def test_a_module_that_is_no_linear_head_is_refused():
     with pytest.raises(TypeError, match="got Embedding"):
         linear_head(torch.nn.Embedding(3, 2))
+
+
+def test_a_module_that_does_more_than_a_linear_one_is_refused():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    with pytest.raises(TypeError, match="got one with a forward of its own"):
+        linear_head(Scaled(3, 2))
+    hooked = torch.nn.Linear(3, 2)
+    hooked.register_forward_hook(lambda module, args, out: out + 1)
+    with pytest.raises(TypeError, match="got one with forward hooks"):
+        linear_head(hooked)
+
+
+@pytest.mark.parametrize("part", ["bias", "a", "b"])
+def test_flops_and_gradients_of_partly_frozen_heads(part):
+    problem = make_problem(frozen="hidden,weight" if part == "bias" else "hidden,weight,bias")
+    lora = make_lora(problem)
+    for name in ("a", "b"):
+        getattr(lora, name).requires_grad_(name == part)
+    arguments = (problem.hidden, with_lora(problem, lora), problem.batch, smooth_local)
+    report = explain(*arguments)
+    forward, rank = 2 * 301 * report.slots * (16 + 3), 2 * 301 * report.slots * 3
+    assert report.flops == forward + (0 if part == "bias" else rank)
+    assert_lora_matches(problem, lora, smooth_local, Plan())
 
 
 def test_a_main_grad_narrower_than_the_sums_is_refused():

@@ -235,6 +235,10 @@ def test_float64_gradients_by_finite_differences():
 @pytest.mark.parametrize("n_pairs", [None, 40])
 def test_from_logits(dtype, overwrite, n_pairs):
     problem = make_problem(n_pairs=n_pairs)
+    if overwrite and n_pairs:  # a row at several temperatures is refused
+        problem = dataclasses.replace(
+            problem, batch=dataclasses.replace(problem.batch, temperature=torch.full((40,), 0.8))
+        )
     start = torch.randn(24, 301).to(dtype)
     results = []
     for kind in ("ours", "plain", "truth"):
@@ -258,6 +262,38 @@ def test_from_logits(dtype, overwrite, n_pairs):
     idle = torch.ones(24, dtype=torch.bool)
     idle[touched[problem.batch.weights != 0]] = False
     assert not g[idle].any()
+
+
+def test_logits_that_cannot_be_overwritten_are_refused():
+    problem = make_problem(n_pairs=40)
+    source = torch.randn(24, 301, requires_grad=True)
+    with pytest.raises(ValueError, match="one temperature and support a row, got several"):
+        policy_loss(source * 1.0, problem.batch, smooth_local, overwrite_logits=True)
+    shifted = (torch.randn(4, 7, 301, requires_grad=True) * 1.0)[:, :-1]
+    plain = make_problem()
+    for logits in (shifted, (torch.randn(301, 24, requires_grad=True) * 1.0).t()):
+        with pytest.raises(ValueError, match="rows in memory, got ones that had to be copied"):
+            policy_loss(logits, plain.batch, smooth_local, overwrite_logits=True)
+        policy_loss(logits, plain.batch, smooth_local).loss.backward()
+
+
+@pytest.mark.parametrize("what", ["weights", "advantages"])
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_scores_of_a_batch_without_any_gradient(what, n_pairs):
+    problem = make_problem(n_pairs=n_pairs)
+    nothing = torch.zeros(len(problem.batch))
+    batch = dataclasses.replace(problem.batch, **{what: nothing})
+    objective = token_local(active=lambda batch: batch.advantages != 0)(
+        lambda logp, entropy, batch: -batch.advantages * logp
+    )
+    result = linear_policy_loss(
+        problem.hidden, problem.head, batch, objective, plan=Plan(dropped="score")
+    )
+    scored = linear_policy_loss(problem.hidden, problem.head, problem.batch, coupled).logp
+    live = problem.batch.weights != 0
+    assert result.computed.all()
+    torch.testing.assert_close(result.logp[live], scored[live])
+    assert not any(g.any() for g in gradients(result.loss, problem))
 
 
 def test_inactive_rows_are_never_computed(monkeypatch):
