@@ -149,7 +149,11 @@ def main(argv: list[str]) -> int:
             runs += of_seed
             if options.json is not None:
                 record = [run.as_dict() for run in runs]
-                result = {**facts, "race": _described(race), "summary": summary(runs)}
+                result = {
+                    **facts,
+                    "race": _described(race, options.warm_steps),
+                    "summary": summary(runs),
+                }
                 measure.write_json(options.json, {**result, "runs": record})
     runs.sort(key=lambda run: run.name)
     print(table(summary(runs)))
@@ -159,7 +163,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _described(race: Race) -> dict[str, object]:
+def _described(race: Race, warm_steps: int) -> dict[str, object]:
     """The setup for the record; the warm start's temporary folder says nothing."""
-    config = our_loop.config_of(replace(race, model=Path("warm-start")))
-    return {"task": race.task.name, "config": asdict(config)}
+    config = asdict(our_loop.config_of(replace(race, model=Path("warm-start"))))
+    # With a model these mean nothing: it has the shape and the warm start below.
+    ignored = {*asdict(SHAPE), *(name for name in config if name.startswith("warm_"))}
+    used = {name: value for name, value in config.items() if name not in ignored}
+    return {
+        "task": race.task.name,
+        "config": used,
+        "model": asdict(SHAPE),
+        "warm_start": asdict(replace(WARM_START, steps=warm_steps)),
+    }

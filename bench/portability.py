@@ -180,6 +180,16 @@ def _cells(row: Row) -> dict[str, object]:
     return {**row.task._asdict(), **resources, "problems": row.problems}
 
 
+def _module(name: str) -> str:
+    """The whole name of a module of kernels, from its own or its whole one."""
+    from rollfuse.kernels._triton.compile import kernel_modules
+
+    known = {module.rpartition(".")[2]: module for module in kernel_modules()}
+    if name in known or importlib.util.find_spec(name) is not None:
+        return known.get(name, name)
+    raise argparse.ArgumentTypeError(f"need one of {', '.join(known)}, got {name!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rollfuse.bench portability",
@@ -188,7 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all launch configurations")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
     parser.add_argument(
-        "--module", action="append", metavar="NAME", help="only the kernels of this module"
+        "--module",
+        action="append",
+        metavar="NAME",
+        type=_module,
+        help="only the kernels of this module, such as `sampling`",
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
     return parser

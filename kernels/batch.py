@@ -400,6 +400,8 @@ def _assemble(  # noqa: PLR0913  (one call from each of two constructors)
             picked[name] = value
         else:
             picked[name] = pick(name, value)
+    if not callable(reduction):
+        raise TypeError(f"reduction: need a function such as token_mean, got {reduction!r}")
     everyone = torch.ones_like(targets, dtype=torch.bool)
     weights = reduction(everyone, cu_seqlens, denominator)
     batch = TokenBatch(

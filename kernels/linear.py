@@ -23,7 +23,7 @@ from rollfuse.kernels.arguments import (
 )
 from rollfuse.kernels.head import Head, as_head, flatten_hidden
 from rollfuse.kernels.layout import Layout, Request, build_layout
-from rollfuse.kernels.plan import Plan, PlanReport, choose
+from rollfuse.kernels.plan import Plan, PlanReport, choose, need_plan
 from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.two_phase import TwoPhase, logp_and_entropy
 
@@ -57,6 +57,7 @@ def linear_logp_entropy(  # noqa: PLR0913  (the signature is the published API)
     Raises:
         TypeError, ValueError: wrong shapes, dtypes, devices, values, plan, or too small a budget.
     """
+    need_plan(plan)
     head = as_head(head)
     hidden = flatten_hidden(hidden, head)
     checks.need_int(targets, "targets")

@@ -126,6 +126,11 @@ class PlanReport:
         return self.chunk_rows if self.invariant else 1
 
 
+def need_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: need a Plan, such as Plan('fused'), got {plan!r}")
+
+
 def choose(problem: Problem, plan: Plan) -> PlanReport:
     """The plan for a problem.
 

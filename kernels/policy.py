@@ -40,7 +40,7 @@ from rollfuse.kernels.objective import (
     active_pairs,
     weighted_loss,
 )
-from rollfuse.kernels.plan import Plan, PlanReport, choose, report_on_logits
+from rollfuse.kernels.plan import Plan, PlanReport, choose, need_plan, report_on_logits
 from rollfuse.kernels.registered import PLACEHOLDER_ENTROPY, PLACEHOLDER_LOGP
 from rollfuse.kernels.rows import LogpEntropy
 
@@ -102,6 +102,7 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: wrong shapes, dtypes, devices, values, plan, or too small a budget.
     """
+    _check_types(batch, objective, plan)
     head = as_head(head)
     hidden = flatten_hidden(hidden, head)
     if torch.compiler.is_compiling():
@@ -134,6 +135,7 @@ def explain(
     plan: Plan = Plan(),
 ) -> PlanReport:
     """What `linear_policy_loss` would do with these arguments, without running it."""
+    _check_types(batch, objective, plan)
     head = as_head(head)
     return _plan(flatten_hidden(hidden, head), head, batch, objective, plan).summary
 
@@ -158,6 +160,7 @@ def policy_loss(
     Returns:
         PolicyLoss, differentiable in logits.
     """
+    _check_types(batch, objective, Plan())
     flat = flatten_logits(logits)
     if torch.compiler.is_compiling():
         checks.need(not overwrite_logits, "overwrite_logits", "False under torch.compile", True)
@@ -193,6 +196,17 @@ def policy_loss(
         return _checked(_result(loss, found, batch, layout, report, vocabulary))
     found = logp_entropy_over_layout(flat, layout, of_pairs(batch), overwrite=overwrite_logits)
     return _checked(_loss_of_selected(found, batch, objective, layout, report, vocabulary))
+
+
+def _check_types(batch: TokenBatch, objective: Objective, plan: Plan) -> None:
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch: need a TokenBatch, got {type(batch).__name__}")
+    if not callable(objective):
+        raise TypeError(
+            "objective: need a function (logp, entropy, batch) -> (P,), such as grpo(), got "
+            f"{objective!r}"
+        )
+    need_plan(plan)
 
 
 class _Planned(NamedTuple):

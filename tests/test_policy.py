@@ -519,6 +519,10 @@ def test_bad_arguments_say_what_was_needed():
             hidden, head, batch, token_local()(
                 lambda logp, entropy, batch: logp * problem.weight.sum()))),
         (ValueError, "> 0", lambda: Head(problem.weight, scale=0.0)),
+        (TypeError, "need a Plan, such as", lambda: linear_policy_loss(
+            hidden, head, batch, coupled, plan="fused")),
+        (TypeError, "need a TokenBatch", lambda: linear_policy_loss(hidden, head, {}, coupled)),
+        (TypeError, "such as grpo", lambda: explain(hidden, head, batch, "grpo")),
         (ValueError, "> 0", lambda: Head(problem.weight, softcap=-1.0)),
         (ValueError, "one a token id", lambda: Head(problem.weight, torch.zeros(3))),
     ]  # fmt: skip

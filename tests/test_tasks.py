@@ -106,6 +106,8 @@ def test_questions_are_split_and_repeated_ones_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
+        ('{"question": "1?", "answer": ' + "9" * 5000 + "}", "JSON"),
+        ('{"question": "\\ud800?", "answer": "#### 3"}', "half of a surrogate pair"),
         ('{"question": "a', "JSON object"),
         ("[1, 2]", "JSON object"),
         ('{"question": "a"}', "string 'answer'"),

@@ -15,8 +15,11 @@ _EXTRAS = {
     "grpo": ("transformers", "safetensors", "math-verify", "rich", "tensorboard"),
     "bench": ("matplotlib", "pytest-benchmark"),
     "rivals": ("trl", "liger-kernel", "cut-cross-entropy"),
-    "dev": ("pytest", "hypothesis", "mypy", "ruff", "build"),
-}
+    "examples": ("transformers", "trl", "lightning"),
+    "dev": (
+        "pytest", "hypothesis", "mypy", "ruff", "build", "setuptools", "packaging", "kernels", "peft",
+    ),
+}  # fmt: skip
 
 
 def info() -> dict[str, Any]:

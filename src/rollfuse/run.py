@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -133,12 +134,23 @@ def need_free(path: str | Path) -> None:
     """Raise ValueError if a new run cannot be made at `path`, or would mix with what is there."""
     path = Path(path)
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    checks.need(os.access(there, os.W_OK), "--out", "a path that can be written", str(path))
+    checks.need(_can_write(there), "--out", "a path that can be written", str(path))
     below = there == path or there.is_dir()
     checks.need(below, "--out", "a path below a directory", f"{path}, where {there} is a file")
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     need = "a path where nothing is yet, or --resume to go on with the run there"
     checks.need(free, "--out", need, str(path))
+
+
+def _can_write(there: Path) -> bool:
+    """Whether a file can be made in a directory, or a file be written; found by trying."""
+    if not there.is_dir():
+        return os.access(there, os.W_OK)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -264,16 +276,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file that are whole; none if there is no file."""
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", errors="replace").splitlines()
     return [record for line in lines if (record := _record(line)) is not None]
 
 
 def _record(line: str) -> dict[str, Any] | None:
     """The record of a line, or None for one that a dying process left half written."""
     try:
-        return dict(json.loads(line))
-    except (json.JSONDecodeError, ValueError):
+        record = json.loads(line)
+    except ValueError:
         return None
+    good = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if good else None
 
 
 def _keep_until(path: Path, step: int) -> None:
