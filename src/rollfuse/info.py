@@ -17,7 +17,8 @@ _EXTRAS = {
     "rivals": ("trl", "liger-kernel", "cut-cross-entropy"),
     "examples": ("transformers", "trl", "lightning"),
     "dev": (
-        "pytest", "hypothesis", "mypy", "ruff", "build", "setuptools", "packaging", "kernels", "peft",
+        "pytest", "hypothesis", "mypy", "ruff", "build", "setuptools", "packaging", "kernels",
+        "peft",
     ),
 }  # fmt: skip
 
