@@ -31,8 +31,19 @@ def need_int(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: need int64 or int32, got {tensor.dtype}")
 
 
+def need_bool(tensor: Tensor, name: str) -> None:
+    need_tensor(tensor, name)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name}: need bool, got {tensor.dtype}")
+
+
 def need_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
     need(tuple(tensor.shape) == shape, name, f"shape {shape} ({meaning})", tuple(tensor.shape))
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether its values can be checked at once, without a wait or a break in a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def refuse_second_derivative() -> None:

@@ -9,12 +9,18 @@ times has no spread. Nothing here reads a tensor on a device.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
+from rollfuse.kernels.segments import (
+    leave_one_out_deviations,
+    number_groups,
+    segment_counts,
+    segment_deviations,
+    segment_std,
+)
 
 
 def grpo_advantages(
@@ -52,13 +58,13 @@ def grpo_advantages(
     checks.need(ddof in (0, 1), "ddof", "0 or 1", ddof)
     checks.need(0.0 <= eps < math.inf, "eps", "a finite value >= 0", eps)
     _check(rewards, groups, singleton_baseline)
-    found = _group_statistics(rewards, groups)
-    advantages = found.centred
+    values, numbers = rewards.detach().double(), number_groups(groups)
+    advantages = segment_deviations(values, numbers, len(values))
     if scale_by_std:
-        std = (found.squares / (found.size - ddof).clamp(min=1)).sqrt()
+        std = segment_std(values, numbers, len(values), ddof=ddof)[numbers]
         # Without spread the numerator is 0: any divisor but 0 will do.
         advantages = advantages / torch.where(std > 0, std + eps, 1.0)
-    return _finish(advantages, found.size, rewards, singleton_baseline)
+    return _finish(advantages, values, numbers, singleton_baseline)
 
 
 def rloo_advantages(
@@ -82,45 +88,17 @@ def rloo_advantages(
     Source: Ahmadian et al., Back to basics (RLOO), arXiv 2402.14740.
     """
     _check(rewards, groups, singleton_baseline)
-    found = _group_statistics(rewards, groups)
-    scale = found.size / (found.size - 1.0).clamp(min=1.0)
-    return _finish(scale * found.centred, found.size, rewards, singleton_baseline)
-
-
-class _GroupStatistics(NamedTuple):
-    """What each sequence's group says, (B,) in the order of the sequences."""
-
-    centred: Tensor  # float64, r - mean; exactly 0 where all rewards of the group are equal
-    squares: Tensor  # float64, sum of centred^2 over the group
-    size: Tensor  # float64, members of the group
-
-
-def _group_statistics(rewards: Tensor, groups: Tensor) -> _GroupStatistics:
-    number = _number_groups(groups)
-    values = rewards.detach().double()
-    zeros = torch.zeros_like(values)
-    size = zeros.index_add(0, number, torch.ones_like(values))[number]
-    least = zeros.scatter_reduce(0, number, values, "amin", include_self=False)[number]
-    above = values - least
-    centred = above - zeros.index_add(0, number, above)[number] / size
-    squares = zeros.index_add(0, number, centred.square())[number]
-    return _GroupStatistics(centred, squares, size)
-
-
-def _number_groups(groups: Tensor) -> Tensor:
-    """(B,) int64 in [0, B): groups numbered from 0. torch.unique would have to sync."""
-    ordered, order = groups.sort()
-    is_new = torch.ones_like(order)
-    is_new[1:] = ordered.diff() != 0
-    return torch.empty_like(order).scatter(0, order, is_new.cumsum(0) - 1)
+    values, numbers = rewards.detach().double(), number_groups(groups)
+    advantages = leave_one_out_deviations(values, numbers, len(values))
+    return _finish(advantages, values, numbers, singleton_baseline)
 
 
 def _finish(
-    advantages: Tensor, size: Tensor, rewards: Tensor, singleton_baseline: float | None
+    advantages: Tensor, values: Tensor, numbers: Tensor, singleton_baseline: float | None
 ) -> Tensor:
     if singleton_baseline is not None:
-        alone = rewards.detach().double() - singleton_baseline
-        advantages = torch.where(size == 1, alone, advantages)
+        is_alone = segment_counts(numbers, len(values))[numbers] == 1
+        advantages = torch.where(is_alone, values - singleton_baseline, advantages)
     return advantages.float()
 
 

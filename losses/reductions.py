@@ -150,9 +150,7 @@ def _lengths(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _check(mask: Tensor, cu_seqlens: Tensor) -> None:
-    checks.need_tensor(mask, "mask")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: need bool, got {mask.dtype}")
+    checks.need_bool(mask, "mask")
     checks.need(mask.dim() == 1, "mask", "shape (P,)", tuple(mask.shape))
     checks.need_int(cu_seqlens, "cu_seqlens")
     good = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1

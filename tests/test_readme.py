@@ -23,20 +23,27 @@ def names() -> dict[str, object]:
 
 
 def test_the_blocks_give_a_loss_and_gradients(names):
-    assert len(CODE) == 3
+    assert len(CODE) == 4
     assert names["out"].loss.isfinite()
     for tensor in (names["hidden"], names["weight"]):
         assert tensor.grad.isfinite().all()
         assert tensor.grad.abs().sum() > 0
 
 
+def test_the_blocks_select_tokens(names):
+    n_tokens = len(names["out"].entropy)
+    assert 0 < names["uncertain"].sum() < n_tokens
+    assert names["four"].sum() == 4
+    assert names["trusted"].shape == (n_tokens,)
+    assert names["baseline"].tolist() == [0.5, 1.0, 1.0, 0.5]
+
+
 def test_the_blocks_are_as_short_as_promised():
-    first, second = (re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE[:2])
-    lines = [
-        len([line for line in block.splitlines() if line.strip()]) for block in (first, second)
-    ]
+    blocks = [re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE]
+    lines = [len([line for line in block.splitlines() if line.strip()]) for block in blocks]
     assert lines[0] <= 10
     assert lines[1] <= 5
+    assert lines[2] <= 5
 
 
 def test_every_file_has_its_line_in_the_map_and_every_line_its_file():

@@ -8,10 +8,24 @@ from rollfuse.kernels.head import Head, Lora
 from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.kernels.noise import Purpose, fork_streams, need_distinct_streams, new_streams
 from rollfuse.kernels.objective import check_objective, token_local
+from rollfuse.kernels.order import masked_quantile, mean_bounded_mask, top_k_mask
 from rollfuse.kernels.plan import Plan, PlanReport
 from rollfuse.kernels.policy import PolicyLoss, explain, linear_policy_loss, policy_loss
 from rollfuse.kernels.rows import LogpEntropy
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
+from rollfuse.kernels.segments import (
+    discounted_sums,
+    leave_one_out_deviations,
+    leave_one_out_means,
+    number_groups,
+    segment_counts,
+    segment_deviations,
+    segment_means,
+    segment_numbers,
+    segment_scan,
+    segment_std,
+    segment_sums,
+)
 from rollfuse.kernels.wrapped import linear_head
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k1, k2, k3
@@ -37,6 +51,11 @@ __all__ = [
     "clipped_surrogate", "constant_length", "dapo", "dr_grpo", "grpo", "grpo_advantages",
     "gspo", "k1", "k2", "k3", "nll", "reinforce", "rloo_advantages", "sequence_mean",
     "sequence_sum", "token_mean",
+    # order statistics, ragged groups
+    "discounted_sums", "leave_one_out_deviations", "leave_one_out_means", "masked_quantile",
+    "mean_bounded_mask", "number_groups", "segment_counts", "segment_deviations",
+    "segment_means", "segment_numbers", "segment_scan", "segment_std", "segment_sums",
+    "top_k_mask",
     # noise and sampling
     "Purpose", "Sampled", "Sampling", "fork_streams", "need_distinct_streams", "new_streams",
     "sample_tokens",

@@ -1,0 +1,97 @@
+"""Work on several processes that share a gloo group, and what each of them returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from rollfuse import (
+    leave_one_out_means,
+    masked_quantile,
+    mean_bounded_mask,
+    segment_counts,
+    segment_deviations,
+    segment_means,
+    segment_std,
+    segment_sums,
+    top_k_mask,
+)
+
+
+def on_ranks(work: Callable[..., Any], n_ranks: int, folder: Path, cases: list[Any]) -> list[Any]:
+    """[work(group, rank, case) for each case], from each rank; a ValueError as its text."""
+    mp.spawn(_enter, (work, n_ranks, str(folder), cases), nprocs=n_ranks)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n_ranks)]
+
+
+def _enter(rank: int, work: Callable[..., Any], n_ranks: int, folder: str, cases: list[Any]):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=n_ranks,
+        timeout=timedelta(seconds=30),
+    )
+    found = []
+    for case in cases:
+        try:
+            found.append(work(dist.group.WORLD, rank, case))
+        except ValueError as error:
+            found.append(str(error))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@contextmanager
+def imagined_ranks(n_ranks: int) -> Iterator[dist.ProcessGroup]:
+    """A group that communicates nothing: enough for tensors without values."""
+    dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def order_statistics(group, rank, case):
+    """The three ops on this rank's part of the scores; on all of them without a group."""
+    part = slice(*case["borders"][rank : rank + 2]) if group is not None else slice(None)
+    scores, mask, removable = (case[name][part] for name in ("scores", "mask", "removable"))
+    return [
+        masked_quantile(scores, mask, case["q"], group=group),
+        top_k_mask(scores, mask, case["k"], group=group),
+        mean_bounded_mask(scores, mask, case["bound"], group=group),
+        mean_bounded_mask(scores, mask, case["bound"], removable=removable, group=group),
+    ]
+
+
+def segment_statistics(group, rank, case):
+    """Every statistic of this rank's part of the values, and the gradient of a sum of them all."""
+    part = slice(*case["borders"][rank : rank + 2]) if group is not None else slice(None)
+    values = case["values"][part].clone().requires_grad_()
+    numbers, n_segments = case["numbers"][part], case["n_segments"]
+    of_segments = [
+        segment_sums(values, numbers, n_segments, group=group),
+        segment_means(values, numbers, n_segments, group=group),
+        segment_std(values, numbers, n_segments, group=group),
+        segment_std(values, numbers, n_segments, ddof=0, group=group),
+    ]
+    of_values = [
+        segment_deviations(values, numbers, n_segments, group=group),
+        leave_one_out_means(values, numbers, n_segments, group=group),
+    ]
+    # Every rank has the segments' results: each takes a share of their loss.
+    share = 1.0 if group is None else 1.0 / dist.get_world_size(group)
+    loss = share * sum((case["weights"] * found).sum() for found in of_segments)
+    loss = loss + sum((values.detach().sin() * found).sum() for found in of_values)
+    (gradient,) = torch.autograd.grad(loss, values)
+    counts = segment_counts(numbers, n_segments, group=group)
+    return [counts, *(found.detach() for found in (*of_segments, *of_values)), gradient]
