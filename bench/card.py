@@ -207,6 +207,13 @@ def _from_logits(problem: Problem, *, overwrite: bool) -> Outcome:
     return found._replace(scored=out.computed)
 
 
+def _one_temperature_a_row(problem: Problem) -> Problem:
+    rows, temperature = problem.batch.rows, problem.batch.temperature
+    assert rows is not None and isinstance(temperature, Tensor)
+    of_rows = temperature.new_ones(ROWS).scatter(0, rows, temperature)
+    return replace(problem, batch=replace(problem.batch, temperature=of_rows[rows]))
+
+
 def _rounded_logits(problem: Problem) -> Outcome:
     """The truth of `_from_logits`: float64 on the same rounded logits."""
     doubles = exact(problem)
@@ -234,11 +241,12 @@ def run_checks(device: torch.device) -> Iterator[Result]:
                 yield _compare(f"{name}, {head}, {dtype}", step(), true, dtype)
             unit_name = f"linear_policy_loss unit, {head}, {dtype}"
             yield _compare(unit_name, _unit(problem), _true_unit(problem), dtype)
-            rounded = _rounded_logits(problem)
             for overwrite in (False, True):
+                # A row at several temperatures cannot be overwritten.
+                given = _one_temperature_a_row(problem) if overwrite else problem
                 name = f"policy_loss{' in place' if overwrite else ''}, {head}, {dtype}"
-                found = _from_logits(problem, overwrite=overwrite)
-                yield _compare(name, found, rounded, dtype)
+                found = _from_logits(given, overwrite=overwrite)
+                yield _compare(name, found, _rounded_logits(given), dtype)
             yield _check_scores(problem, f"logp_entropy, {head}, {dtype}")
             yield from _check_heads(problem, f"{head}, {dtype}")
     yield _check_sampling(device)

@@ -41,7 +41,9 @@ def _solve(values: Tensor, factors: Tensor) -> Tensor:
         torch.nn.functional.pad(one, (0, n_values % 2)).reshape(-1, 2) for one in (values, factors)
     )
     pairs = x[:, 1] + _carried(factor[:, 1], x[:, 0])
-    odd = _solve(pairs, factor[:, 1] * factor[:, 0])
+    # What one factor of 0 stops must not pass as 0 times an infinity either.
+    linked = torch.where((factor != 0).all(1), factor[:, 1] * factor[:, 0], 0.0)
+    odd = _solve(pairs, linked)
     even = x[:, 0] + _carried(factor[:, 0], torch.nn.functional.pad(odd[:-1], (1, 0)))
     return torch.stack([even, odd], 1).reshape(-1)[:n_values]
 

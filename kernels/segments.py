@@ -7,8 +7,9 @@ may be empty, and those of the statistics may lie in any order.
 All is in float64 inside, comes back in the dtype of the values, can be differentiated twice where
 it depends on the values, and is deterministic on the CPU. With `group`, segments extend over the
 ranks of a process group: all of them call together and mean the same by a number, so not the ones
-that `number_groups` gave on each. Numbers outside [0, n_segments) are refused on the CPU; on a
-device that is up to the caller.
+that `number_groups` gave on each. The gradient is then that of the sum of all ranks' losses, and
+either all of them run the backward or none. Scans stay within a rank. Numbers outside [0,
+n_segments) are refused on the CPU, by the rank that has them; on a device that is up to the caller.
 """
 
 from __future__ import annotations
@@ -194,8 +195,9 @@ def discounted_sums(values: Tensor, numbers: Tensor, discount: Tensor | float) -
     Args:
         values: (N,) float, x: rewards, or for GAE the residuals with gamma * lambda to discount.
         numbers: (N,) int64 or int32, the segment of each value, non-decreasing.
-        discount: number or 0-d tensor, or one a value (N,), which then discounts what follows it;
-            a constant. 0 lets nothing pass.
+        discount: finite number or 0-d tensor, or one a value (N,), which then discounts what
+            follows it; a constant. 0 lets nothing pass. Products of discounts above 1 may overflow
+            in a long segment, which does not reach the others.
 
     Returns:
         (N,) as `values`. Log-depth, as `segment_scan`.
@@ -212,6 +214,9 @@ def discounted_sums(values: Tensor, numbers: Tensor, discount: Tensor | float) -
         good = discount.shape in ((), values.shape)
         checks.need(good, "discount", "a number, 0-d or one a value", tuple(discount.shape))
         discount = discount.detach().double()
+        if checks.may_read(discount):
+            finite = bool(discount.isfinite().all())
+            checks.need(finite, "discount", "finite values", "one that is not")
     backwards = _linked(numbers.flip(0))
     factors = torch.where(backwards, (discount * torch.ones_like(values).double()).flip(0), 0.0)
     return recurrence(values.double().flip(0), factors).flip(0).to(values.dtype)

@@ -40,8 +40,8 @@ def target_three_percent_short(patch):
 def no_temperature(patch):
     right = BareHead.transform
 
-    def wrong(self, temperature, *rest):
-        return right(self, torch.ones_like(temperature), *rest)
+    def wrong(self, temperature, *rest, **options):
+        return right(self, torch.ones_like(temperature), *rest, **options)
 
     patch.setattr(BareHead, "transform", wrong)
 

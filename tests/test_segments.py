@@ -405,3 +405,15 @@ def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
             torch.testing.assert_close(together, whole, rtol=1e-12, atol=1e-9)
         of_equal = torch.cat([results[5] for results in of_rank])[case["numbers"] == 0]
         assert not of_equal.any()
+
+
+def test_a_discount_that_overflows_stays_in_its_segment():
+    numbers = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1])
+    values = torch.ones(8, dtype=torch.float64)
+    discount = torch.full((8,), 0.5, dtype=torch.float64)
+    discount[2:4] = 1e200  # their product is infinite, and 0 times that is not 0
+    found = discounted_sums(values, numbers, discount)
+    assert found[:2].tolist() == [1.5, 1.0]
+    assert found[4:].tolist() == [1.875, 1.75, 1.5, 1.0]
+    with pytest.raises(ValueError, match="discount: need finite values"):
+        discounted_sums(values, numbers, torch.tensor(torch.nan))
