@@ -75,7 +75,8 @@ class Plan:
             order. What an objective makes of its vectors is its own.
 
     Inside `torch.utils.checkpoint` an op is correct and runs twice (with use_reentrant=True the
-    first time without gradients). It keeps no logits, so there is little to gain: leave it outside.
+    first time without gradients). Plans `fused` and `recompute` keep no logits, so there is little
+    to gain: leave the op outside, and ask for `recompute` where `hold` keeps too much.
     """
 
     kind: Kind | None = None

@@ -1,16 +1,13 @@
-"""Work on several processes that share a gloo group, and what each of them returned."""
+"""What the processes of test_order.py and test_segments.py do, and ranks that are imagined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rollfuse import (
@@ -26,29 +23,15 @@ from rollfuse import (
 )
 
 
-def on_ranks(work: Callable[..., Any], n_ranks: int, folder: Path, cases: list[Any]) -> list[Any]:
-    """[work(group, rank, case) for each case], from each rank; a ValueError as its text."""
-    mp.spawn(_enter, (work, n_ranks, str(folder), cases), nprocs=n_ranks)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(n_ranks)]
-
-
-def _enter(rank: int, work: Callable[..., Any], n_ranks: int, folder: str, cases: list[Any]):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=n_ranks,
-        timeout=timedelta(seconds=30),
-    )
+def each(work: Callable[..., Any], cases: list[Any]) -> list[Any]:
+    """[work(group, rank, case) for each case] on a rank; a ValueError as its text."""
     found = []
     for case in cases:
         try:
-            found.append(work(dist.group.WORLD, rank, case))
+            found.append(work(dist.group.WORLD, dist.get_rank(), case))
         except ValueError as error:
             found.append(str(error))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n_ranks
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=n_ranks,
+        timeout=timedelta(seconds=60),
     )
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

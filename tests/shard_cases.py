@@ -23,6 +23,7 @@ def make(case: dict[str, Any]) -> tuple[Any, Lora | None]:
     torch.manual_seed(3)
     options = dict(case)
     has_lora, dead, kind = (options.pop(k, None) for k in ("lora", "dead", "kind"))
+    is_confident = options.pop("confident", False)
     for name in ("sequence_parallel", "budget_bytes"):
         options.pop(name, None)
     problem = make_problem(**options)
@@ -30,6 +31,9 @@ def make(case: dict[str, Any]) -> tuple[Any, Lora | None]:
         with torch.no_grad():
             problem.bias[:120] = -torch.inf
         problem.batch.targets.clamp_(min=121)
+    if is_confident:  # every target is its row's maximum, on one rank or another
+        with torch.no_grad():
+            problem.hidden.copy_(30.0 * problem.weight[problem.batch.targets])
     lora = None
     if has_lora:
         lora = Lora(torch.randn(3, 16).requires_grad_(), torch.randn(301, 3).requires_grad_(), 0.3)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_cases import imagined_ranks, on_ranks, order_statistics
+from rank_cases import each, imagined_ranks, order_statistics
+from ranks import on_ranks
 
 from rollfuse import masked_quantile, mean_bounded_mask, top_k_mask
 
@@ -395,7 +396,7 @@ def rank_problems(n_ranks):
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
     cases, spoiled = rank_problems(n_ranks)
-    found = on_ranks(order_statistics, n_ranks, tmp_path, [*cases, spoiled])
+    found = on_ranks(each, n_ranks, tmp_path, order_statistics, [*cases, spoiled])
     for number, case in enumerate(cases):
         quantile, *masks = order_statistics(None, 0, case)
         for rank in range(n_ranks):

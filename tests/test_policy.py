@@ -264,6 +264,29 @@ def test_from_logits(dtype, overwrite, n_pairs):
     assert not g[idle].any()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("objective", [smooth_local, coupled])
+def test_from_logits_the_upstream_factor_counts(objective, overwrite):
+    batch = make_problem().batch
+    source = torch.randn(24, 301, requires_grad=True)
+
+    def loss():
+        return policy_loss(source * 1.0, batch, objective, overwrite_logits=overwrite).loss
+
+    (once,) = torch.autograd.grad(loss(), source)
+    assert once.any()
+    (thrice,) = torch.autograd.grad(3.0 * loss(), source)
+    torch.testing.assert_close(thrice, 3.0 * once)
+
+
+def test_from_logits_a_kept_graph_is_walked_twice():
+    batch = make_problem().batch
+    source = torch.randn(24, 301, requires_grad=True)
+    loss = 3.0 * policy_loss(source * 1.0, batch, smooth_local).loss
+    first, second = (torch.autograd.grad(loss, source, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_logits_that_cannot_be_overwritten_are_refused():
     problem = make_problem(n_pairs=40)
     source = torch.randn(24, 301, requires_grad=True)

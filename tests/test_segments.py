@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_cases import imagined_ranks, on_ranks, segment_statistics
+from rank_cases import each, imagined_ranks, segment_statistics
+from ranks import on_ranks
 
 from rollfuse import (
     discounted_sums,
@@ -393,7 +394,7 @@ def rank_problems(n_ranks):
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
     cases = rank_problems(n_ranks)
-    found = on_ranks(segment_statistics, n_ranks, tmp_path, cases)
+    found = on_ranks(each, n_ranks, tmp_path, segment_statistics, cases)
     for number, case in enumerate(cases):
         want = segment_statistics(None, 0, case)
         of_rank = [found[rank][number] for rank in range(n_ranks)]

@@ -18,6 +18,7 @@ CASES = [
     {"kind": "fused", "n_pairs": 40, "softcap": 9.0, "lora": True},
     {"kind": "fused", "sharpness": 30.0},
     {"kind": "fused", "dead": True},
+    {"kind": "fused", "confident": True},
     {"kind": "fused", "sequence_parallel": True},
     {"kind": "hold", "lora": True, "sequence_parallel": True},
     {"kind": "hold", "dtype": torch.bfloat16},
