@@ -279,12 +279,17 @@ def test_from_logits_the_upstream_factor_counts(objective, overwrite):
     torch.testing.assert_close(thrice, 3.0 * once)
 
 
-def test_from_logits_a_kept_graph_is_walked_twice():
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_from_logits_a_kept_graph_is_walked_twice(factor):
     batch = make_problem().batch
     source = torch.randn(24, 301, requires_grad=True)
-    loss = 3.0 * policy_loss(source * 1.0, batch, smooth_local).loss
-    first, second = (torch.autograd.grad(loss, source, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    logits = source * 1.0
+    loss = factor * policy_loss(logits, batch, smooth_local).loss
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    kept = first.clone()
+    first.zero_()  # what was handed out belongs to the caller
+    (second,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(second, kept)
 
 
 def test_logits_that_cannot_be_overwritten_are_refused():
