@@ -108,7 +108,6 @@ scaler = torch.amp.GradScaler("cpu", enabled=False)
 loss = update(learner, optimizer, scaler, part, None, max_norm=torch.inf)
 grads = {name: p.grad for name, p in model.named_parameters()}
 torch.save((loss, grads), f"{folder}/out{dist.get_rank()}.pt")
-dist.destroy_process_group()
 """
 
 
