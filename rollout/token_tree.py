@@ -1,0 +1,460 @@
+"""TokenTree: where the tokens of texts that share their beginnings lie. Numbers only, no tensors.
+
+A node is a span of tokens over pages of slots, a text is the path from a root to a node, a branch
+is the handle of one text. Only a node without children and with a single handle grows; all others
+are frozen. So no slot has two writers, nothing is ever copied, and a fork in the middle of a node
+splits it in two that share its pages. The price is the rest of a frozen node's last page.
+
+Legend: S slots of a page, B branches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from rollfuse.kernels import checks
+from rollfuse.kernels.tree_plan import Changes
+
+Ints = npt.NDArray[np.int64]
+Tokens = Sequence[int] | Ints
+
+
+class OutOfPages(RuntimeError):
+    """There are fewer free pages than an operation needs; it has changed nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A span of tokens. What changes with every token is in the tree's columns, at `number`."""
+
+    number: int
+    parent: Node | None
+    start: int  # position of its first token
+    version: int  # of the policy that writes it
+    offset: int = 0  # slot of its first token in its first page
+    pages: list[int] = field(default_factory=list)
+    children: dict[int, Node] = field(default_factory=dict)  # by number
+    handles: int = 0
+    pins: int = 0
+    is_retained: bool = False
+    last_use: int = 0
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self.children or self.handles or self.pins or self.is_retained)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody but one handle sees its end."""
+        return self.handles == 1 and not (self.children or self.pins or self.is_retained)
+
+
+def path(node: Node) -> list[Node]:
+    """The nodes from the root to `node`."""
+    found = [node]
+    while found[-1].parent is not None:
+        found.append(found[-1].parent)
+    return found[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a tree holds: `n_tokens` once each, `n_text_tokens` as often as a branch has them."""
+
+    n_nodes: int
+    n_tokens: int
+    n_text_tokens: int
+    n_pages_used: int
+    n_pages_free: int
+    n_pages_evictable: int  # among those used, held by retained texts alone
+
+
+class TokenTree:
+    """Nodes and pages of all texts.
+
+    Args:
+        n_pages: pages there are, >= 1.
+        page_size: S, >= 1.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(self, n_pages: int, page_size: int = 16) -> None:
+        checks.need(n_pages >= 1, "n_pages", "a count >= 1", n_pages)
+        checks.need(page_size >= 1, "page_size", "a count >= 1", page_size)
+        self.n_pages, self.page_size = n_pages, page_size
+        self.token = np.zeros(n_pages * page_size, dtype=np.int64)  # by slot
+        self.roots: dict[int, Node] = {}
+        self.changes = Changes()  # of where tokens lie
+        self.shape = Changes()  # of which nodes there are, and of a node that gets shorter
+        self._version = 0
+        self._references = np.zeros(n_pages, dtype=np.int32)
+        self._free = list(range(n_pages - 1, -1, -1))
+        self._retained: list[tuple[int, int, int, Node]] = []  # a heap, some entries outdated
+        self._clock = 0
+        # Columns, by the number of a node.
+        self.length = np.zeros(16, dtype=np.int64)
+        self.computed = np.zeros(16, dtype=np.int64)  # of its first tokens, see `commit`
+        self._offset = np.zeros(16, dtype=np.int64)
+        self._last_page = np.zeros(16, dtype=np.int64)
+        self._numbers: list[int] = list(range(15, -1, -1))
+
+    # -- nodes and texts ----------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Of the policy that writes from now on; nodes of an older one are not matched."""
+        return self._version
+
+    def end(self, node: Node) -> int:
+        return node.start + int(self.length[node.number])
+
+    def slots(self, node: Node) -> Ints:
+        """(length,) int64, where the node's tokens lie."""
+        return self._slots(node, 0, int(self.length[node.number]))
+
+    def last_slots(self, numbers: Ints) -> Ints:
+        """(n,) int64, where the last tokens of the nodes with these numbers lie."""
+        in_page = (self._offset[numbers] + self.length[numbers] - 1) % self.page_size
+        return self._last_page[numbers] * self.page_size + in_page
+
+    def computed_slots(self) -> tuple[Ints, Ints, Ints]:
+        """Of every token that is computed: its slot, position and version."""
+        rows = [np.empty((3, 0), np.int64)]
+        for node in self.nodes():
+            slots = self.slots(node)[: self.computed[node.number]]
+            position = np.arange(node.start, node.start + len(slots))
+            rows.append(np.stack([slots, position, np.full_like(slots, node.version)]))
+        slots, positions, versions = np.concatenate(rows, axis=1)
+        return slots, positions, versions
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, parents before children."""
+        todo = list(self.roots.values())[::-1]
+        while todo:
+            node = todo.pop()
+            yield node
+            todo.extend(list(node.children.values())[::-1])
+
+    def new_root(self) -> Node:
+        return self._new_node(None, 0)
+
+    def set_version(self, version: int) -> None:
+        """A new policy writes from now on; what an older one has written stays, and stays its own.
+
+        Tokens that are not computed yet will be the new one's. Retained texts are the first to go.
+        """
+        checks.need(version >= self._version, "version", f"at least {self._version}", version)
+        if version == self._version:
+            return
+        self._version = version
+        for node in list(self.nodes()):
+            computed = int(self.computed[node.number])
+            if computed == int(self.length[node.number]):
+                continue
+            if computed:
+                self._split(node, computed)
+            node.version = version
+        self._reshaped()
+
+    def append(self, nodes: Sequence[Node], tokens: Sequence[Tokens] | Ints) -> list[Node]:
+        """Append tokens[i] to the text of nodes[i]; the nodes the texts end in then.
+
+        Args:
+            nodes: distinct ends of texts with a handle each, which moves to the node returned.
+            tokens: token ids of each, or (B,) int64, one each.
+
+        Raises:
+            OutOfPages: too few are free, retained texts' included; nothing was changed.
+        """
+        self.changes.count += 1
+        if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+            if all(node.is_open and node.version == self._version for node in nodes):
+                self._grow_each([node.number for node in nodes], nodes, tokens)
+                return list(nodes)
+            tokens = tokens.reshape(-1, 1)
+        parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in tokens]
+        grows = [node.is_open and node.version == self._version for node in nodes]
+        wanted = zip(nodes, parts, grows, strict=True)
+        self.make_room(sum(self._pages_wanted(node, len(part), g) for node, part, g in wanted))
+        ends = list(nodes)
+        for i, (node, part) in enumerate(zip(nodes, parts, strict=True)):
+            if not len(part):
+                continue
+            if not grows[i]:
+                # A node that has been left by all but one of its branches may be open by now; a
+                # child all the same, as room was made for it.
+                ends[i] = self._new_node(node, 1)
+                node.handles -= 1
+            self._grow(ends[i], part)
+        return ends
+
+    def match(self, tokens: Ints, version: int) -> tuple[Node | None, int]:
+        """The longest computed beginning of `tokens` of that version: its last node, its length."""
+        best: tuple[Node | None, int] = (None, 0)
+        todo = list(self.roots.values())
+        while todo:
+            node = todo.pop()
+            if node.version != version:
+                continue
+            wanted = tokens[node.start : node.start + int(self.computed[node.number])]
+            agreed = self._agreement(node, wanted)
+            if node.start + agreed > best[1]:
+                best = node, node.start + agreed
+            if agreed == int(self.length[node.number]) and node.start + agreed < len(tokens):
+                todo.extend(node.children.values())
+        return best
+
+    # -- forks and ends -----------------------------------------------------------------------
+
+    def node_at(self, node: Node, at: int) -> Node:
+        """The node that ends after `at` tokens of the text of `node`; splits one if need be."""
+        checks.need(0 <= at <= self.end(node), "at", f"a position in 0..{self.end(node)}", at)
+        while node.start >= at and node.parent is not None:
+            node = node.parent
+        if at == 0 and self.end(node):
+            return self.new_root()
+        return node if at == self.end(node) else self._split(node, at - node.start)
+
+    def cut(self, node: Node, at: int) -> Node:
+        """Where the only branch on `node`, or one of several, stands without its tokens from `at`.
+
+        The caller moves the handle and releases `node` if it is another one.
+        """
+        checks.need(0 <= at <= self.end(node), "at", f"a position in 0..{self.end(node)}", at)
+        if not node.is_open or (at <= node.start and node.parent is not None):
+            return self.node_at(node, at)
+        length = at - node.start
+        if length < self.length[node.number]:
+            self.length[node.number] = length
+            self.computed[node.number] = min(length, int(self.computed[node.number]))
+            kept = -(-(node.offset + length) // self.page_size) if length else 0
+            self._give_back(node.pages[kept:])
+            del node.pages[kept:]
+            self._set_last_page(node)
+            self._reshaped()
+        return node
+
+    def retain(self, node: Node) -> None:
+        """Keep the text of `node` for `match` until its pages are needed."""
+        self._clock += 1
+        node.is_retained, node.last_use = True, self._clock
+        heapq.heappush(self._retained, (node.version, self._clock, node.number, node))
+
+    def release(self, node: Node | None) -> None:
+        """Free `node`, and above it what it alone has held, unless something holds it."""
+        while node is not None and not node.is_held:
+            del self._siblings(node)[node.number]
+            self._give_back(node.pages)
+            self._numbers.append(node.number)
+            self.length[node.number] = self.computed[node.number] = 0
+            self._reshaped()
+            node.number, node = -1, node.parent
+
+    # -- pages --------------------------------------------------------------------------------
+
+    @property
+    def n_free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free)
+
+    def make_room(self, n_pages: int) -> None:
+        """Evict retained texts, the least recently used of the oldest version first, until
+        `n_pages` are free; raises OutOfPages, before it evicts any, if that cannot be had."""
+        if n_pages > self.n_free:
+            n_evictable = self.n_evictable()
+            if n_pages > self.n_free + n_evictable:
+                raise OutOfPages(
+                    f"pages: need {n_pages} free ones of {self.n_pages}, got {self.n_free} and "
+                    f"{n_evictable} of retained texts"
+                )
+        while n_pages > self.n_free:
+            evicted = self.evict_one()
+            assert evicted, "pages of retained texts were counted, and there is no such text"
+
+    def evict_one(self) -> bool:
+        """Give up a retained text; False if there is none."""
+        while self._retained:
+            _, last_use, _, node = heapq.heappop(self._retained)
+            if node.is_retained and node.last_use == last_use:
+                node.is_retained = False
+                self.release(node)
+                return True
+        return False
+
+    def n_evictable(self) -> int:
+        """Pages that only retained texts use."""
+        needed: set[int] = set()
+        used: set[int] = set()
+        for node in self.nodes():
+            used.update(node.pages)
+        seen: set[int] = set()
+        for node in self.nodes():
+            if node.handles or node.pins:
+                for held in reversed(path(node)):
+                    if held.number in seen:
+                        break
+                    seen.add(held.number)
+                    needed.update(held.pages)
+        return len(used - needed)
+
+    def statistics(self) -> Statistics:
+        """What is held now."""
+        nodes = list(self.nodes())
+        return Statistics(
+            n_nodes=len(nodes),
+            n_tokens=sum(int(self.length[node.number]) for node in nodes),
+            n_text_tokens=sum(self.end(node) * node.handles for node in nodes),
+            n_pages_used=self.n_pages - self.n_free,
+            n_pages_free=self.n_free,
+            n_pages_evictable=self.n_evictable(),
+        )
+
+    def check(self) -> None:
+        """Raise RuntimeError naming the first inconsistency of nodes and pages."""
+        references = np.zeros_like(self._references)
+        owner = np.full(len(self.token), -1, dtype=np.int64)
+        numbers: set[int] = set()
+        for node in self.nodes():
+            self._check_node(node)
+            _need(node.number not in numbers, "a number of its own", node)
+            numbers.add(node.number)
+            slots = self.slots(node)
+            _need(bool((owner[slots] < 0).all()), "slots of its own", node)
+            owner[slots] = node.number
+            np.add.at(references, node.pages, 1)
+        wrong = np.flatnonzero(references != self._references)
+        if len(wrong):
+            page = int(wrong[0])
+            raise RuntimeError(
+                f"page {page}: need {references[page]} references, got {self._references[page]}"
+            )
+        if sorted(self._free) != np.flatnonzero(references == 0).tolist():
+            raise RuntimeError("free pages: need those without references, got others")
+        if numbers & set(self._numbers) or len(numbers) + len(self._numbers) != len(self.length):
+            raise RuntimeError("numbers: need each one free or a node's, got another state")
+
+    def _check_node(self, node: Node) -> None:
+        length, computed = int(self.length[node.number]), int(self.computed[node.number])
+        _need(node.is_held, "a node that something holds", node)
+        _need(0 <= computed <= length, "0 <= computed <= length", node)
+        above = 0 if node.parent is None else self.end(node.parent)
+        _need(node.start == above, f"a start at {above}", node)
+        wanted = -(-(node.offset + length) // self.page_size) if length else 0
+        _need(len(node.pages) == wanted, f"{wanted} pages", node)
+        _need(self._siblings(node).get(node.number) is node, "a place below its parent", node)
+        if node.parent is not None and computed:
+            whole = self.computed[node.parent.number] == self.length[node.parent.number]
+            _need(bool(whole), "a parent computed before", node)
+
+    def _reshaped(self) -> None:
+        self.shape.count += 1
+        self.changes.count += 1
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _siblings(self, node: Node) -> dict[int, Node]:
+        return self.roots if node.parent is None else node.parent.children
+
+    def _new_node(self, parent: Node | None, handles: int) -> Node:
+        if not self._numbers:
+            n = len(self.length)
+            for name in ("length", "computed", "_offset", "_last_page"):
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+            self._numbers = list(range(2 * n - 1, n - 1, -1))
+        start = 0 if parent is None else self.end(parent)
+        node = Node(self._numbers.pop(), parent, start, self._version, handles=handles)
+        self._offset[node.number] = 0
+        self._siblings(node)[node.number] = node
+        self._reshaped()
+        return node
+
+    def _split(self, node: Node, n: int) -> Node:
+        """The new upper node of the first `n` tokens; `node` keeps the others and its handles."""
+        border = node.offset + n
+        upper = self._new_node(node.parent, 0)
+        upper.version, upper.offset, upper.children = node.version, node.offset, {node.number: node}
+        upper.pages = node.pages[: -(-border // self.page_size)]
+        del self._siblings(node)[node.number]
+        computed = int(self.computed[node.number])
+        self.length[upper.number], self.computed[upper.number] = n, min(n, computed)
+        node.parent, node.start = upper, node.start + n
+        self.length[node.number] -= n
+        self.computed[node.number] = max(0, computed - n)
+        node.pages = node.pages[border // self.page_size :]
+        node.offset = border % self.page_size
+        if node.offset:
+            self._references[node.pages[0]] += 1
+        for half in (upper, node):
+            self._offset[half.number] = half.offset
+            self._set_last_page(half)
+        return upper
+
+    def _slots(self, node: Node, first: int, last: int) -> Ints:
+        place = np.arange(node.offset + first, node.offset + last)
+        pages = np.asarray(node.pages, dtype=np.int64)
+        return pages[place // self.page_size] * self.page_size + place % self.page_size
+
+    def _pages_wanted(self, node: Node, count: int, grows: bool) -> int:
+        if not count:
+            return 0
+        used = node.offset + int(self.length[node.number]) if grows and node.pages else 0
+        return -(-(used + count) // self.page_size) - (len(node.pages) if grows else 0)
+
+    def _grow(self, node: Node, tokens: Ints) -> None:
+        first = int(self.length[node.number])
+        if not node.pages:
+            node.offset = self._offset[node.number] = 0
+        wanted = -(-(node.offset + first + len(tokens)) // self.page_size)
+        node.pages.extend(self._take(wanted - len(node.pages)))
+        self._set_last_page(node)
+        self.length[node.number] = first + len(tokens)
+        self.token[self._slots(node, first, first + len(tokens))] = tokens
+
+    def _grow_each(self, numbers: list[int], nodes: Sequence[Node], tokens: Ints) -> None:
+        """One token for each of several open nodes, without a loop over all of them."""
+        index = np.array(numbers, dtype=np.int64)
+        in_page = (self._offset[index] + self.length[index]) % self.page_size
+        # A node that was cut to nothing has no page and may have an offset left.
+        starts = np.flatnonzero((in_page == 0) | (self.length[index] == 0))
+        self.make_room(len(starts))
+        for i, page in zip(starts.tolist(), self._take(len(starts)), strict=True):
+            if not nodes[i].pages:
+                nodes[i].offset = self._offset[index[i]] = in_page[i] = 0
+            nodes[i].pages.append(page)
+            self._last_page[index[i]] = page
+        self.token[self._last_page[index] * self.page_size + in_page] = tokens
+        self.length[index] += 1
+
+    def _set_last_page(self, node: Node) -> None:
+        self._last_page[node.number] = node.pages[-1] if node.pages else -1
+
+    def _take(self, n: int) -> list[int]:
+        pages = [self._free.pop() for _ in range(n)]
+        self._references[pages] = 1
+        return pages
+
+    def _give_back(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def _agreement(self, node: Node, tokens: Ints) -> int:
+        """How many of the node's first tokens are `tokens`, of which there may be fewer."""
+        if not len(tokens):
+            return 0
+        differs = self.token[self._slots(node, 0, len(tokens))] != tokens
+        return int(differs.argmax()) if differs.any() else len(tokens)
+
+
+def _need(good: bool, needed: str, node: Node) -> None:
+    if not good:
+        raise RuntimeError(f"tree: need {needed}, got another state of the node at {node.start}")
