@@ -12,7 +12,6 @@ Legend: N query rows, I items, S entries of the slot list, Hq query heads, Hkv k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -45,21 +44,26 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A node as the plan sees it. A list of spans is in depth-first order, parents first.
+class Spans:
+    """The nodes of a tree as a plan sees them, depth first: n of them, parents before children.
 
     Args:
-        parent: its place in the list, -1 for none.
-        start: position of its first token.
-        slots: (length,) int64, where its tokens lie.
-        rows: how many of its last tokens are query rows, from 0 to length.
-        room: how many more tokens it is about to get, one a step; for a leaf only.
+        parent: (n,) int64, the place of each one's parent, -1 for none.
+        below: (n,) int64, the place behind the last one below it.
+        start: (n,) int64, position of its first token.
+        length: (n,) int64, its tokens.
+        rows: (n,) int64, how many of its last tokens are query rows.
+        slots: (sum of length,) int64, where the tokens lie, in this order.
+        room: how many more tokens each one with a row is about to get, one a step; those are leaves
+            with one row each, if it is not 0.
     """
 
-    parent: int
-    start: int
+    parent: Ints
+    below: Ints
+    start: Ints
+    length: Ints
+    rows: Ints
     slots: Ints
-    rows: int
     room: int = 0
 
 
@@ -155,7 +159,7 @@ class PlanTensors(NamedTuple):
 
 
 def plan_of(
-    spans: Sequence[Span], *, group: int = 1, kv_bytes: int = 4, split: int | None = None
+    spans: Spans, *, group: int = 1, kv_bytes: int = 4, short: int = 0, split: int | None = None
 ) -> TreePlan:
     """The plan of a tree's spans.
 
@@ -165,84 +169,107 @@ def plan_of(
     far that the partial results are more than a quarter of the keys' and values' bytes.
 
     Args:
-        spans: the nodes on the rows' paths.
+        spans: the nodes on the rows' paths; every one has a row, or one below it does.
         group: query heads that share a key-value head, Hq / Hkv.
         kv_bytes: of an element of the keys.
+        short: a node of at most so many keys goes into its children's items whatever that costs.
         split: the fewest keys of a part of an item, None not to split. Programs of a device share
             the work of one item by its parts.
 
     Returns:
-        A TreePlan of N = sum of the spans' rows, numbered in the order of the spans.
+        A TreePlan of N = sum(rows) rows, numbered in the order of the spans.
     """
-    rows = [span.rows for span in spans]
-    rows_below, n_children = _below(spans)
-    first_row = 0
-    carried: list[list[Span]] = []  # of each span: what its children's items begin with
-    ordinal: list[int] = []  # the items its children's rows have before theirs
-    items: list[tuple[int, ...]] = []
-    slots: list[Ints] = [np.empty(0, np.int64)]
-    tails: list[int] = []
-    n_slots = 0
-    for i, span in enumerate(spans):
-        is_root = span.parent < 0
-        chain = [*([] if is_root else carried[span.parent]), span]
-        n_before = 0 if is_root else ordinal[span.parent]
-        length = sum(len(part.slots) for part in chain)
-        packed = rows_below[i] * group
-        repeats = (n_children[i] - 1) * length * kv_bytes
-        if not span.rows and n_children[i] and (repeats <= 4 * packed or not length):
-            carried.append(chain)
-            ordinal.append(n_before)
-            continue
-        carried.append([])
-        parts = _parts(length, packed, split) if packed else []
-        for n, (begin, end) in enumerate(parts, n_before):
-            place = (n_slots + begin, end - begin, chain[0].start + begin)
-            items.append((first_row, rows_below[i], *place, n))
-        ordinal.append(n_before + len(parts))
-        slots.extend(part.slots for part in chain)
-        if span.room:
-            slots.append(np.zeros(span.room, np.int64))
-        n_slots += length + span.room
-        tails.extend([len(items) - 1] * span.rows)
-        first_row += span.rows
-    n_partials = np.repeat(np.array(ordinal, dtype=np.int32), rows)
-    return TreePlan(
-        items=np.array(items, dtype=np.int32).reshape(-1, len(Item)),
-        slots=np.concatenate(slots).astype(np.int32),
-        positions=_positions(spans),
-        partials=np.concatenate([[0], n_partials.cumsum()]).astype(np.int32),
-        tails=np.array(tails, dtype=np.int64),
-        room=min((span.room for span in spans if span.rows), default=0),
-    )
+    first_row = np.concatenate([[0], spans.rows.cumsum()])
+    q_count = first_row[spans.below] - first_row[:-1]
+    carried, is_item = _merged(spans, q_count * group, kv_bytes, short)
+    n_keys = carried + spans.length
+    # At most 2 * packed rows / keys of a part are partial bytes, in a dtype of 2 bytes.
+    least = np.maximum(split or 1, 8 * q_count * group)
+    n_parts = np.where(is_item, np.maximum(1, n_keys // least) if split else 1, 0)
+    before = _summed_above(spans, n_parts)
+    room = np.where(spans.rows > 0, spans.room, 0)
+    kept = np.flatnonzero(is_item)
+    slots, begin = _item_slots(spans, kept, carried, n_keys + room)
+    # One entry a part: its item's place in `kept`, and its number there.
+    item = np.repeat(np.arange(len(kept)), n_parts[kept])
+    which, of = _counted(n_parts[kept]), n_parts[kept][item]
+    node = kept[item]
+    border = n_keys[node] * which // of
+    items = np.empty((len(item), len(Item)), dtype=np.int32)
+    items[:, Item.Q_BEGIN] = first_row[node]
+    items[:, Item.Q_COUNT] = q_count[node]
+    items[:, Item.SLOT_BEGIN] = begin[item] + border
+    items[:, Item.KV_LEN] = n_keys[node] * (which + 1) // of - border
+    items[:, Item.KV_BEGIN] = spans.start[node] - carried[node] + border
+    items[:, Item.ORDINAL] = before[node] + which
+    ends = np.zeros(len(spans.rows), dtype=np.int64)
+    ends[kept] = n_parts[kept].cumsum() - 1
+    own = np.repeat(np.arange(len(spans.rows)), spans.rows)
+    partials = np.concatenate([[0], (before + n_parts)[own].cumsum()]).astype(np.int32)
+    last = spans.start + spans.length - spans.rows
+    positions = last[own] + _counted(spans.rows)
+    return TreePlan(items, slots, positions, partials, tails=ends[own], room=spans.room)
 
 
-def _below(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Of each span: the query rows of it and of all below it; its children."""
-    rows = [span.rows for span in spans]
-    n_children = [0] * len(spans)
-    for i in range(len(spans) - 1, -1, -1):
-        parent = spans[i].parent
-        if parent >= 0:
-            rows[parent] += rows[i]
-            n_children[parent] += 1
-    return rows, n_children
+def _merged(
+    spans: Spans, packed: Ints, kv_bytes: int, short: int
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """How many keys of nodes above go into each node's item, and which nodes become one."""
+    n_children = np.bincount(spans.parent[spans.parent >= 0], minlength=len(spans.parent))
+    carried = np.zeros_like(spans.length)
+    is_item = np.ones(len(spans.length), dtype=bool)
+    for level in _levels(spans.parent):
+        above = spans.parent[level]
+        merged_above = (above >= 0) & ~is_item[above]
+        carried[level] = np.where(merged_above, carried[above] + spans.length[above], 0)
+        n_keys = carried[level] + spans.length[level]
+        repeated = (n_children[level] - 1) * n_keys * kv_bytes
+        goes_down = (repeated <= 4 * packed[level]) | (n_keys <= short)
+        is_item[level] = (spans.rows[level] > 0) | ~goes_down
+    return carried, is_item
 
 
-def _parts(length: int, packed: int, split: int | None) -> list[tuple[int, int]]:
-    """Where the parts of an item of `length` keys begin and end."""
-    if split is None:
-        return [(0, length)]
-    # Partial bytes over key-value bytes are at most 2 * packed / part in a 2-byte dtype.
-    part = max(split, 8 * packed)
-    n = max(1, length // part)
-    border = [length * k // n for k in range(n + 1)]
-    return list(zip(border[:-1], border[1:], strict=True))
+def _summed_above(spans: Spans, values: Ints) -> Ints:
+    """(n,), the sum of `values` over the nodes above each."""
+    total = np.zeros_like(values)
+    for level in _levels(spans.parent)[1:]:
+        above = spans.parent[level]
+        total[level] = total[above] + values[above]
+    return total
 
 
-def _positions(spans: Sequence[Span]) -> Ints:
-    """(N,) of the query rows: the last ones of their spans."""
-    rows = np.array([span.rows for span in spans], dtype=np.int64)
-    end = np.array([span.start + len(span.slots) for span in spans], dtype=np.int64)
-    ends = rows.cumsum()
-    return np.repeat(end - ends, rows) + np.arange(int(rows.sum()), dtype=np.int64)
+def _levels(parent: Ints) -> list[Ints]:
+    """The places of the nodes without a parent, of their children, of theirs and so on."""
+    depth = np.zeros_like(parent)
+    above = parent
+    while (above >= 0).any():
+        depth += above >= 0
+        above = np.where(above >= 0, parent[above], -1)
+    order = np.argsort(depth, kind="stable")
+    return np.split(order, np.bincount(depth).cumsum()[:-1]) if len(order) else []
+
+
+def _item_slots(spans: Spans, kept: Ints, carried: Ints, capacity: Ints) -> tuple[Ints32, Ints]:
+    """The slot list, with a gap behind each item's keys for those to come, and where each item of
+    `kept` begins in it."""
+    begin = capacity[kept].cumsum() - capacity[kept]
+    slots = np.zeros(int(capacity[kept].sum()), dtype=np.int32)
+    first_slot = spans.length.cumsum() - spans.length
+    node, place = kept, begin + carried[kept]
+    while len(node):
+        count = spans.length[node]
+        inside = _counted(count)
+        slots[np.repeat(place, count) + inside] = spans.slots[
+            np.repeat(first_slot[node], count) + inside
+        ]
+        # What was carried into it comes from its parent, which lies before it.
+        goes_up = carried[node] > 0
+        node, place = spans.parent[node[goes_up]], place[goes_up]
+        place = place - spans.length[node]
+    return slots, begin
+
+
+def _counted(counts: Ints) -> Ints:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1 and so on."""
+    ends = counts.cumsum()
+    return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)

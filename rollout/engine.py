@@ -1,16 +1,18 @@
 """Engine: groups of sampled responses from an unmodified transformers model.
 
-Sequences that agree so far share one row of the batch. A prompt is pushed through once for its
-group, and members part where their tokens first differ: as long as they agree, keys, values and
-logits are the same numbers, and only the noise of their streams differs. Sequences that have
-finished leave the batch. The forward pass of a step thus has one row for each distinct unfinished
-text, no more.
+Texts lie in a TreeCache: a prompt is computed and stored once for its group and for all prompts
+that begin like it, and read once a step. Members of a group share their row until their tokens
+first differ: as long as they agree, keys, values and logits are the same numbers, and only the
+noise of their streams differs. A sequence that has finished gives its pages back at once, and
+waiting prompts take its place.
 
 Legend: P prompts, n samples each, B = P * n sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,15 +24,12 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.noise import need_distinct_streams, new_streams
 from rollfuse.kernels.sampling import Sampling, sample_tokens
-from rollfuse.rollout.causal_lm import (
-    embedding_weight,
-    evaluating,
-    forward_arguments,
-    need_causal_lm,
-)
-from rollfuse.rollout.decoding import DecodingBatch
+from rollfuse.rollout.causal_lm import embedding_weight, evaluating
+from rollfuse.rollout.decoding import Decoding, Text, Totals
 from rollfuse.rollout.record import RUNNING, Finish, Recorder, Rollout, Tokenizer
 from rollfuse.rollout.stopping import StopStrings, TextWatch
+from rollfuse.rollout.tree_cache import TreeCache
+from rollfuse.rollout.tree_model import TreeModel, need_tree_model, tree_cache_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +46,20 @@ class Engine:
     call uses the new ones, and nothing is kept between calls.
 
     Args:
-        model: a decoder-only transformers model with a language-model head; left as it is.
+        model: a decoder-only transformers model as `TreeModel` serves; left as it is.
         max_new_tokens: the longest response, >= 1.
         stop_tokens: ids that end a response, of which they are the last token. None: the model's
             own end tokens (`generation_config.eos_token_id`).
         stop_strings: texts that end a response with the token that completes one.
         tokenizer: needed to look for stop strings; unused without.
-        max_batch: sequences decoded together, at least `n` (a group is not divided). None: all.
+        max_batch: sequences decoded together, at least `n`. None: all that there is room for.
+        kv_bytes: the most that keys and values may take. None: what the batch can come to need, on
+            a GPU at most half of the free memory. With less, sequences wait, and those with the
+            shortest responses are dropped to their tokens and computed again later.
+        page_size: tokens of a page of the cache.
+
+    Attributes:
+        totals: what the last `generate` has done: passes, rows, keys read, texts dropped.
 
     Raises:
         TypeError: the model is none of that, or stop strings lack a tokenizer.
@@ -69,20 +75,24 @@ class Engine:
         stop_strings: Sequence[str] = (),
         tokenizer: Tokenizer | None = None,
         max_batch: int | None = None,
+        kv_bytes: int | None = None,
+        page_size: int = 16,
     ) -> None:
-        need_causal_lm(model)
+        need_tree_model(model)
         checks.need(max_new_tokens >= 1, "max_new_tokens", "a count >= 1", max_new_tokens)
         checks.need(max_batch is None or max_batch >= 1, "max_batch", "a count >= 1", max_batch)
         self.model = model
         self.max_new_tokens = max_new_tokens
-        self.max_batch = max_batch
+        checks.need(kv_bytes is None or kv_bytes >= 1, "kv_bytes", "a count >= 1", kv_bytes)
+        checks.need(page_size >= 1, "page_size", "a count >= 1", page_size)
+        self.max_batch, self.kv_bytes, self.page_size = max_batch, kv_bytes, page_size
+        self.totals = Totals()
         self.stop_strings = StopStrings(stop_strings, tokenizer)
         end_tokens = _end_tokens(model) if stop_tokens is None else stop_tokens
         self.stop_tokens = np.asarray(end_tokens, dtype=np.int64)
         self._vocabulary = embedding_weight(model).shape[0]
         good = ((self.stop_tokens >= 0) & (self.stop_tokens < self._vocabulary)).all()
         checks.need(bool(good), "stop_tokens", f"ids in [0, {self._vocabulary})", list(end_tokens))
-        self._arguments = forward_arguments(model)
 
     def generate(
         self,
@@ -111,10 +121,10 @@ class Engine:
             A Rollout of B sequences, prompt by prompt, on the CPU.
 
         Raises:
-            TypeError: a wrong dtype; a per-row temperature; a model that prompts of several lengths
-                cannot be padded for.
-            ValueError: an empty prompt, a token out of range, too long a prompt, two equal streams
-                in a group, `max_batch` below `n`, or logits without a finite maximum.
+            TypeError: a wrong dtype; a per-row temperature.
+            ValueError: an empty prompt, a token out of range, too long a prompt for the model or
+                for `kv_bytes`, two equal streams in a group, `max_batch` below `n`, or logits
+                without a finite maximum.
         """
         checks.need(n >= 1, "n", "samples per prompt >= 1", n)
         if isinstance(sampling.temperature, Tensor):
@@ -125,63 +135,90 @@ class Engine:
         groups = torch.arange(len(texts)).repeat_interleave(n)
         streams = _checked_streams(streams, seed, groups)
         record = Recorder(len(groups))
-        noise = streams.numpy()
-        with evaluating(self.model):
-            for wave in self._waves([len(text) for text in texts], n):
-                self._run(wave, texts, noise, sampling, record)
+        if texts:
+            cache = self._cache(texts, n)
+            cache.version = version
+            with evaluating(self.model):
+                self._run(TreeModel(self.model, cache), texts, streams.numpy(), sampling, record)
         return record.rollout(texts, groups, streams, version, sampling.temperature)
 
-    def _waves(self, lengths: list[int], n: int) -> list[Ints]:
-        """Prompts decoded together; those of like lengths, so that little is padded."""
-        order = np.argsort(lengths, kind="stable") if self.max_batch else np.arange(len(lengths))
-        step = self.max_batch // n if self.max_batch else max(1, len(lengths))
-        return [order[start : start + step] for start in range(0, len(order), step)]
+    def _cache(self, texts: list[Tensor], n: int) -> TreeCache:
+        """A pool for the longest prompts that may be decoded together, and for their responses."""
+        page = self.page_size
+        lengths = sorted((len(text) for text in texts), reverse=True)
+        at_once = lengths[: max(1, self.max_batch // n)] if self.max_batch else lengths
+        # Where members part, each begins a page of its own, and leaves one half empty.
+        response = -(-self.max_new_tokens // page) + 2
+        n_pages = sum(-(-length // page) + n * response for length in at_once)
+        alone = -(-(lengths[0] + self.max_new_tokens) // page)
+        one_page = tree_cache_for(self.model, n_pages=1, page_size=page).page_bytes
+        limit = self.kv_bytes
+        device = embedding_weight(self.model).device
+        if limit is None and device.type == "cuda":
+            limit = torch.cuda.mem_get_info(device)[0] // 2
+        if limit is not None:
+            needed = f"at least {alone * one_page}, for the longest prompt and its response"
+            checks.need(limit >= alone * one_page, "kv_bytes", needed, limit)
+            n_pages = min(n_pages, limit // one_page)
+        # Watched, where all is: what is in the slots, and what should be.
+        watched = os.environ.get("ROLLFUSE_CHECK") == "1"
+        options = {"page_size": page, "canary": watched, "checksum": watched}
+        return tree_cache_for(self.model, n_pages=n_pages, **options)
 
     def _run(
         self,
-        wave: Ints,
+        model: TreeModel,
         texts: list[Tensor],
         noise: Ints,
         sampling: Sampling,
         record: Recorder,
     ) -> None:
-        """Decode the groups of the prompts `wave` until all their sequences have finished."""
+        """Decode all sequences until they have finished."""
         n = len(noise) // len(texts)
-        nodes, node = _distinct([texts[p] for p in wave])
-        node = node.repeat(n)
-        sequence = (wave[:, None] * n + np.arange(n)).reshape(-1)
-        length = np.array([len(texts[p]) for p in wave]).repeat(n)
-        watches = self._watches(sequence, texts, n)
-        batch = DecodingBatch(self.model, self._arguments, nodes)
-        for step in range(self.max_new_tokens):
-            logits = batch.logits
-            if len(node) != len(logits):
-                logits = logits.index_select(0, batch.device_ints(node))
-            rows = (batch.device_ints(noise[sequence]), batch.device_ints(length + step))
-            drawn = sample_tokens(logits, *rows, sampling)
+        decoding = Decoding(model, self._waiting(texts, n), self.max_new_tokens, self.max_batch)
+        self.totals = decoding.totals
+        watches = self._watches(texts, n)
+        lengths = np.array([len(text) for text in texts], dtype=np.int64).repeat(n)
+        while decoding.waiting or decoding.branches:
+            logits = decoding.logits()
+            sequence, made, device = decoding.sequence, decoding.made, logits.device
+            if len(sequence) != len(logits):
+                logits = logits.index_select(0, torch.from_numpy(decoding.row).to(device))
+            streams = torch.from_numpy(noise[sequence]).to(device)
+            positions = torch.from_numpy(lengths[sequence] + made).to(device)
+            drawn = sample_tokens(logits, streams, positions, sampling)
             ids = drawn.ids.cpu().numpy()
             if ids.min() < 0:
                 raise ValueError("logits: need a finite maximum in every row, got a row without")
-            finish = self._finish(ids, step, sequence, watches)
-            record.add(sequence, step, drawn, ids, finish)
-            live = finish == RUNNING
-            if not live.any():
-                return
-            sequence, node, length, ids = (x[live] for x in (sequence, node, length, ids))
-            # Sorted by (row, token): sequences that still agree are neighbours.
-            order = np.lexsort((ids, node))
-            sequence, node, length, ids = (x[order] for x in (sequence, node, length, ids))
-            differs = np.ones(len(ids), dtype=bool)
-            differs[1:] = (node[1:] != node[:-1]) | (ids[1:] != ids[:-1])
-            batch.advance(node[differs], ids[differs])
-            node = differs.cumsum() - 1
+            finish = self._finish(ids, made, sequence, watches)
+            record.add(sequence, made, drawn, ids, finish)
+            decoding.advance(ids, finish == RUNNING)
+        if model.cache.has_self_checks:
+            model.cache.check()
+        tree = model.cache.tree
+        assert tree.n_free == tree.n_pages, "pages of texts that have ended are still held"
+
+    def _waiting(self, texts: list[Tensor], n: int) -> deque[Text]:
+        """The prompts and their sequences; equal ones as one text where the batch can take it."""
+        limit = self.max_batch or len(texts) * n
+        waiting: dict[tuple[bytes, int], list[int]] = {}
+        for p, text in enumerate(texts):
+            key = text.numpy().tobytes()
+            number = 0
+            while len(waiting.get((key, number), ())) + n > limit:
+                number += 1
+            waiting.setdefault((key, number), []).extend(range(p * n, p * n + n))
+        return deque(
+            Text(np.frombuffer(key, np.int64), np.array(sequences), 0)
+            for (key, _), sequences in waiting.items()
+        )
 
     def _finish(
-        self, ids: Ints, step: int, sequence: Ints, watches: dict[int, TextWatch]
+        self, ids: Ints, made: Ints, sequence: Ints, watches: dict[int, TextWatch]
     ) -> npt.NDArray[np.uint8]:
-        """(rows,) why each sequence ends with its new token, or RUNNING."""
-        last = step + 1 == self.max_new_tokens
-        finish = np.full(len(ids), Finish.LENGTH if last else RUNNING, dtype=np.uint8)
+        """(s,) why each sequence ends with its new token, or RUNNING."""
+        is_last = made + 1 == self.max_new_tokens
+        finish = np.where(is_last, Finish.LENGTH, RUNNING).astype(np.uint8)
         if watches:
             hit = [watches[s].push(i) for s, i in zip(sequence.tolist(), ids.tolist(), strict=True)]
             finish[hit] = Finish.STOP_STRING
@@ -189,10 +226,11 @@ class Engine:
             finish[ids == token] = Finish.STOP
         return finish
 
-    def _watches(self, sequence: Ints, texts: list[Tensor], n: int) -> dict[int, TextWatch]:
+    def _watches(self, texts: list[Tensor], n: int) -> dict[int, TextWatch]:
         if not self.stop_strings:
             return {}
-        return {s: self.stop_strings.watch(texts[s // n].tolist()) for s in sequence.tolist()}
+        sequences = range(len(texts) * n)
+        return {s: self.stop_strings.watch(texts[s // n].tolist()) for s in sequences}
 
     def _checked_prompts(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         """The prompts as (L,) int64 tensors on the CPU."""
@@ -211,24 +249,7 @@ class Engine:
             everything = torch.cat(texts)
             good = int(everything.min()) >= 0 and int(everything.max()) < self._vocabulary
             checks.need(good, "prompts", f"ids in [0, {self._vocabulary})", "another one")
-        if len({len(text) for text in texts}) > 1 and "position_ids" not in self._arguments:
-            raise TypeError(
-                f"prompts: need one length for {type(self.model).__name__}, whose forward lacks "
-                "position_ids, got several"
-            )
         return texts
-
-
-def _distinct(texts: list[Tensor]) -> tuple[list[Tensor], Ints]:
-    """The texts without repetitions, in order, and (n,) the place there of each."""
-    number: dict[bytes, int] = {}
-    distinct: list[Tensor] = []
-    place = np.empty(len(texts), dtype=np.int64)
-    for i, text in enumerate(texts):
-        place[i] = number.setdefault(text.numpy().tobytes(), len(number))
-        if place[i] == len(distinct):
-            distinct.append(text)
-    return distinct, place
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:

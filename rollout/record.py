@@ -149,14 +149,14 @@ class Recorder:
     def add(
         self,
         sequence: Ints,
-        step: int,
+        step: Ints,
         drawn: Sampled,
         ids: Ints,
         finish: npt.NDArray[np.uint8],
     ) -> None:
-        """Token `step` of the response of each sequence in `sequence`."""
+        """Token step[i] of the response of sequence[i]."""
         self.sequences.append(sequence)
-        self.steps.append(np.full_like(sequence, step))
+        self.steps.append(step)
         self.ids.append(ids)
         self.logp.append(drawn.logp)
         self.entropy.append(drawn.entropy)

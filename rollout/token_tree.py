@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +102,7 @@ class TokenTree:
         # Columns, by the number of a node.
         self.length = np.zeros(16, dtype=np.int64)
         self.computed = np.zeros(16, dtype=np.int64)  # of its first tokens, see `commit`
+        self._first = np.zeros(16, dtype=np.int64)  # token
         self._offset = np.zeros(16, dtype=np.int64)
         self._last_page = np.zeros(16, dtype=np.int64)
         self._numbers: list[int] = list(range(15, -1, -1))
@@ -118,6 +120,18 @@ class TokenTree:
     def slots(self, node: Node) -> Ints:
         """(length,) int64, where the node's tokens lie."""
         return self._slots(node, 0, int(self.length[node.number]))
+
+    def slots_of(self, nodes: Sequence[Node]) -> Ints:
+        """(sum of lengths,) int64, where the tokens of several nodes lie, node by node."""
+        numbers = np.array([node.number for node in nodes], dtype=np.int64)
+        length, offset = self.length[numbers], self._offset[numbers]
+        counts = np.array([len(node.pages) for node in nodes], dtype=np.int64)
+        pages = np.fromiter(chain.from_iterable(node.pages for node in nodes), dtype=np.int64)
+        first_page = counts.cumsum() - counts
+        shift = offset - (length.cumsum() - length)
+        place = np.arange(int(length.sum())) + np.repeat(shift, length)
+        page = pages[np.repeat(first_page, length) + place // self.page_size]
+        return page * self.page_size + place % self.page_size
 
     def last_slots(self, numbers: Ints) -> Ints:
         """(n,) int64, where the last tokens of the nodes with these numbers lie."""
@@ -174,41 +188,33 @@ class TokenTree:
             OutOfPages: too few are free, retained texts' included; nothing was changed.
         """
         self.changes.count += 1
-        if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
-            if all(node.is_open and node.version == self._version for node in nodes):
-                self._grow_each([node.number for node in nodes], nodes, tokens)
-                return list(nodes)
-            tokens = tokens.reshape(-1, 1)
-        parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in tokens]
         grows = [node.is_open and node.version == self._version for node in nodes]
+        if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+            return self._append_each(nodes, tokens, grows)
+        parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in tokens]
         wanted = zip(nodes, parts, grows, strict=True)
         self.make_room(sum(self._pages_wanted(node, len(part), g) for node, part, g in wanted))
         ends = list(nodes)
         for i, (node, part) in enumerate(zip(nodes, parts, strict=True)):
-            if not len(part):
-                continue
-            if not grows[i]:
-                # A node that has been left by all but one of its branches may be open by now; a
-                # child all the same, as room was made for it.
-                ends[i] = self._new_node(node, 1)
-                node.handles -= 1
-            self._grow(ends[i], part)
+            if len(part):
+                ends[i] = node if grows[i] else self._child(node)
+                self._grow(ends[i], part)
         return ends
 
     def match(self, tokens: Ints, version: int) -> tuple[Node | None, int]:
-        """The longest computed beginning of `tokens` of that version: its last node, its length."""
+        """The longest beginning of `tokens` of that version: its last node, its length."""
         best: tuple[Node | None, int] = (None, 0)
-        todo = list(self.roots.values())
+        todo = self._beginning_with(self.roots, tokens[:1])
         while todo:
             node = todo.pop()
-            if node.version != version:
+            if node.version != version and self.length[node.number]:
                 continue
-            wanted = tokens[node.start : node.start + int(self.computed[node.number])]
-            agreed = self._agreement(node, wanted)
+            agreed = self._agreement(node, tokens[node.start : self.end(node)])
             if node.start + agreed > best[1]:
                 best = node, node.start + agreed
-            if agreed == int(self.length[node.number]) and node.start + agreed < len(tokens):
-                todo.extend(node.children.values())
+            if agreed == self.length[node.number]:
+                end = node.start + agreed
+                todo.extend(self._beginning_with(node.children, tokens[end : end + 1]))
         return best
 
     # -- forks and ends -----------------------------------------------------------------------
@@ -365,7 +371,7 @@ class TokenTree:
     def _new_node(self, parent: Node | None, handles: int) -> Node:
         if not self._numbers:
             n = len(self.length)
-            for name in ("length", "computed", "_offset", "_last_page"):
+            for name in ("length", "computed", "_first", "_offset", "_last_page"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
             self._numbers = list(range(2 * n - 1, n - 1, -1))
@@ -394,6 +400,8 @@ class TokenTree:
             self._references[node.pages[0]] += 1
         for half in (upper, node):
             self._offset[half.number] = half.offset
+            first = half.pages[0] * self.page_size + half.offset
+            self._first[half.number] = self.token[first]
             self._set_last_page(half)
         return upper
 
@@ -417,21 +425,41 @@ class TokenTree:
         self._set_last_page(node)
         self.length[node.number] = first + len(tokens)
         self.token[self._slots(node, first, first + len(tokens))] = tokens
+        if not first:
+            self._first[node.number] = tokens[0]
 
-    def _grow_each(self, numbers: list[int], nodes: Sequence[Node], tokens: Ints) -> None:
-        """One token for each of several open nodes, without a loop over all of them."""
-        index = np.array(numbers, dtype=np.int64)
+    def _append_each(self, nodes: Sequence[Node], tokens: Ints, grows: list[bool]) -> list[Node]:
+        """One token for each of several texts, with no more work per text than a new node is."""
+        index = np.array([node.number for node in nodes], dtype=np.int64)
         in_page = (self._offset[index] + self.length[index]) % self.page_size
         # A node that was cut to nothing has no page and may have an offset left.
-        starts = np.flatnonzero((in_page == 0) | (self.length[index] == 0))
-        self.make_room(len(starts))
-        for i, page in zip(starts.tolist(), self._take(len(starts)), strict=True):
-            if not nodes[i].pages:
-                nodes[i].offset = self._offset[index[i]] = in_page[i] = 0
-            nodes[i].pages.append(page)
+        starts = (in_page == 0) | (self.length[index] == 0) | ~np.array(grows, dtype=bool)
+        where = np.flatnonzero(starts)
+        self.make_room(len(where))
+        ends = list(nodes)
+        for i, page in zip(where.tolist(), self._take(len(where)), strict=True):
+            if not grows[i]:
+                # A node that all but one of its branches have left since is open by now; a child
+                # all the same, as room was made for it.
+                ends[i] = self._child(nodes[i])
+                index[i] = ends[i].number
+            node = ends[i]
+            if not node.pages:
+                node.offset = 0
+            node.pages.append(page)
             self._last_page[index[i]] = page
+        begun = where[self.length[index[where]] == 0]
+        in_page[begun] = self._offset[index[begun]] = 0
+        self._first[index[begun]] = tokens[begun]
         self.token[self._last_page[index] * self.page_size + in_page] = tokens
         self.length[index] += 1
+        return ends
+
+    def _child(self, node: Node) -> Node:
+        """A new node below `node` to which one handle has moved."""
+        child = self._new_node(node, 1)
+        node.handles -= 1
+        return child
 
     def _set_last_page(self, node: Node) -> None:
         self._last_page[node.number] = node.pages[-1] if node.pages else -1
@@ -446,6 +474,13 @@ class TokenTree:
             self._references[page] -= 1
             if not self._references[page]:
                 self._free.append(page)
+
+    def _beginning_with(self, nodes: dict[int, Node], token: Ints) -> list[Node]:
+        """Those whose first token is the one in `token`, if it holds one; and empty ones."""
+        numbers = np.fromiter(nodes, dtype=np.int64, count=len(nodes))
+        is_empty = self.length[numbers] == 0
+        begins = self._first[numbers] == token[0] if len(token) else np.zeros_like(is_empty)
+        return [nodes[number] for number in numbers[is_empty | begins].tolist()]
 
     def _agreement(self, node: Node, tokens: Ints) -> int:
         """How many of the node's first tokens are `tokens`, of which there may be fewer."""

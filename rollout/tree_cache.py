@@ -25,13 +25,15 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.noise import fork_streams
 from rollfuse.kernels.tree_attention import KeyValues, write_key_values
-from rollfuse.kernels.tree_plan import Span, TreePlan, plan_of
+from rollfuse.kernels.tree_plan import Spans, TreePlan, plan_of
 from rollfuse.rollout.token_tree import Ints, Node, Tokens, TokenTree, path
 
 # Steps of plain decoding that one plan serves before it is made anew.
 _ROOM = 64
 # The fewest keys that are worth a program of their own on a device.
 _SPLIT = 256
+# On the CPU reading so many keys again costs less than one more call.
+_SHORT = 32
 # Spreads a version over the bits that token and position leave alone.
 _VERSION_STEP = 0x1E3779B97F4A7C15
 
@@ -242,24 +244,37 @@ class TreeCache:
     def version(self, version: int) -> None:
         self.tree.set_version(version)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of a page in all layers."""
+        slot = sum(x[0].numel() * x.element_size() for layer in self.layers for x in layer)
+        return slot * self.tree.page_size
+
+    @property
+    def has_self_checks(self) -> bool:
+        """Whether `check` looks at contents too."""
+        return self._canary is not None or self._checksum is not None
+
     def root(self, tokens: Tokens = (), *, stream: int = 0) -> Branch:
         """A branch of a new text.
 
         Raises:
             OutOfPages: it has no room.
         """
+        ids = _ids(tokens, "tokens")
         branch = Branch(self, self.tree.new_root(), stream)
-        try:
-            self.append([branch], [tokens])
-        except BaseException:
-            branch.prune()
-            raise
+        if len(ids):
+            try:
+                self.append([branch], [ids])
+            except BaseException:
+                branch.prune()
+                raise
         return branch
 
     def match(
         self, tokens: Tokens, *, version: int | None = None, stream: int = 0
     ) -> Branch | None:
-        """A new branch with the longest beginning of `tokens` that is computed; None without one.
+        """A new branch with the longest known beginning of `tokens`; None if nothing is known.
 
         Args:
             version: the policy version that must have written all of it, None: the present one. An
@@ -331,6 +346,12 @@ class TreeCache:
         if self._checksum is not None:
             self._checksum[layer, slots] = _bit_sums(keys, values)
 
+    @property
+    def last_plan(self) -> TreePlan:
+        """Of the last step that was planned."""
+        assert self._step is not None, "no step has been planned"
+        return self._step.plan
+
     def commit(self, step: TreeStep) -> None:
         """The pass has been made: all layers hold the keys and values of its rows."""
         _need_current(step)
@@ -377,68 +398,87 @@ class TreeCache:
 
     def _planned(self, ends: list[Node]) -> TreeStep:
         tree = self.tree
-        nodes, parents = _paths(ends)
-        lengths = [int(tree.length[node.number]) for node in nodes]
-        todo = [n - int(tree.computed[node.number]) for n, node in zip(lengths, nodes, strict=True)]
-        is_end = {node.number for node in ends}
-        again = [not n and node.number in is_end for n, node in zip(todo, nodes, strict=True)]
-        rows = [1 if once_more else n for n, once_more in zip(todo, again, strict=True)]
+        nodes, parent, below = _paths(ends)
+        numbers = np.array([node.number for node in nodes], dtype=np.int64)
+        length = tree.length[numbers]
+        todo = length - tree.computed[numbers]
+        place = np.zeros(len(tree.length), dtype=np.int64)
+        place[numbers] = np.arange(len(numbers))
+        end = place[np.array([node.number for node in ends], dtype=np.int64)]
+        again = np.zeros(len(nodes), dtype=bool)
+        again[end] = todo[end] == 0
+        rows = np.where(again, 1, todo)
         # Plain decoding: each branch has an end of its own that grows, by one token.
-        is_plain = sum(rows) == len(ends) == len(is_end) and all(
-            rows[i] == 1 and nodes[i].is_open and not again[i]
-            for i in range(len(nodes)) if nodes[i].number in is_end
-        )  # fmt: skip
-        room = _ROOM if is_plain else 0
-        spans = [
-            Span(parent, node.start, tree.slots(node), n, room if n else 0)
-            for parent, node, n in zip(parents, nodes, rows, strict=True)
-        ]
-        split = _SPLIT if self.device.type != "cpu" else None
+        is_plain = int(rows.sum()) == len(ends) and bool((rows[end] == 1).all())
+        is_plain = is_plain and not again.any() and all(node.is_open for node in ends)
+        slots = tree.slots_of(nodes)
+        spans = Spans(
+            parent=parent,
+            below=below,
+            start=np.array([node.start for node in nodes], dtype=np.int64),
+            length=length,
+            rows=rows,
+            slots=slots,
+            room=_ROOM if is_plain else 0,
+        )
         size = self.layers[0].keys.element_size()
-        plan = plan_of(spans, group=self.group, kv_bytes=size, split=split)
+        on_cpu = self.device.type == "cpu"
+        short, split = (_SHORT, None) if on_cpu else (0, _SPLIT)
+        plan = plan_of(spans, group=self.group, kv_bytes=size, short=short, split=split)
         plan.changes, plan.made_at = tree.changes, tree.changes.count
-        slots = [np.empty(0, np.int64), *(s.slots[len(s.slots) - s.rows :] for s in spans)]
-        where = np.concatenate(slots)
-        last = dict(zip((n.number for n in nodes), (np.cumsum(rows) - 1).tolist(), strict=True))
+        # The rows of a node are its last tokens.
+        first = np.repeat(length.cumsum() - rows, rows)
+        where = slots[first + np.arange(len(first)) - np.repeat(rows.cumsum() - rows, rows)]
         return TreeStep(
             plan,
             ids=tree.token[where],
             slots=np.where(np.repeat(again, rows), len(tree.token), where),
-            last=np.array([last[node.number] for node in ends], dtype=np.int64),
-            _numbers=np.array([n.number for n in nodes], dtype=np.int64)[np.array(rows) > 0],
-            _lengths=np.array(lengths, dtype=np.int64)[np.array(rows) > 0],
+            last=rows.cumsum()[end] - 1,
+            _numbers=numbers[rows > 0],
+            _lengths=length[rows > 0],
             _shape=tree.shape.count,
             _ends=[node.number for node in ends],
         )
 
 
-def _paths(ends: Sequence[Node]) -> tuple[list[Node], list[int]]:
-    """The nodes on the ways to `ends`, depth first, and of each its parent's place or -1."""
+def _paths(ends: Sequence[Node]) -> tuple[list[Node], Ints, Ints]:
+    """The nodes on the ways to `ends`, depth first; the place of each one's parent, -1 for none;
+    the place behind the last one below each."""
     roots: list[Node] = []
     below: dict[int, list[Node]] = {}
     for end in ends:
         node: Node | None = end
         child: Node | None = None
         while node is not None:
-            is_known = node.number in below
-            children = below.setdefault(node.number, [])
+            children = below.get(node.number)
+            is_new = children is None
+            if children is None:
+                below[node.number] = children = []
             if child is not None:
                 children.append(child)
-            if is_known:
+            if not is_new:
                 break
             child, node = node, node.parent
         else:
             assert child is not None
             roots.append(child)
     nodes: list[Node] = []
-    parents: list[int] = []
+    parent: list[int] = []
     todo = [(root, -1) for root in reversed(roots)]
     while todo:
-        node, parent = todo.pop()
-        todo.extend((child, len(nodes)) for child in reversed(below[node.number]))
+        node, above = todo.pop()
+        children = below[node.number]
+        if children:
+            here = len(nodes)
+            todo.extend([(child, here) for child in reversed(children)])
         nodes.append(node)
-        parents.append(parent)
-    return nodes, parents
+        parent.append(above)
+    behind = list(range(1, len(nodes) + 1))
+    for i in range(len(nodes) - 1, -1, -1):
+        above = parent[i]
+        if above >= 0 and behind[i] > behind[above]:
+            behind[above] = behind[i]
+    return nodes, np.array(parent, dtype=np.int64), np.array(behind, dtype=np.int64)
 
 
 def _ids(tokens: Tokens | Tensor, name: str) -> Ints:

@@ -130,10 +130,10 @@ def need_tree_model(model: PreTrainedModel) -> None:
     need_causal_lm(model)
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
+    new_cache(model)  # refuses states that are not of a token
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS
     if kinds:
         raise TypeError(f"model: need full or sliding attention, got {name} with {sorted(kinds)}")
-    new_cache(model)  # refuses states that are not of a token
     if "position_ids" not in forward_arguments(model):
         raise TypeError(f"model: need a forward with position_ids, got {name}")
     if getattr(config, "num_kv_shared_layers", 0):

@@ -133,8 +133,9 @@ def test_the_forward_has_one_row_for_each_distinct_unfinished_text():
     made = engine.generate(RAGGED, 6, Sampling(0.5), seed=4)
     texts = [(tuple(RAGGED[made.prompt_index[b]]), made.response(b).tolist()) for b in range(30)]
     distinct = [len({(p, *r[:step]) for p, r in texts if len(r) > step}) for step in range(6)]
-    assert shapes[0] == (4, 9)
-    assert shapes[1:] == [(rows, 1) for rows in distinct[1:] if rows]
+    # Prompts: every beginning that they share is computed once.
+    beginnings = {tuple(prompt[: i + 1]) for prompt in RAGGED for i in range(len(prompt))}
+    assert shapes == [(1, len(beginnings)), *((1, rows) for rows in distinct[1:] if rows)]
     unfinished = [sum(len(r) > step for _, r in texts) for step in range(6)]
     assert distinct[1] < unfinished[1] and unfinished[3] < 30, "nothing shared, nothing finished"
 
