@@ -74,8 +74,7 @@ class TokenBatch:
     def __post_init__(self) -> None:
         _check_structure(self)
         # Elsewhere looking at values would wait, or break a graph: the ops flag wrong ones.
-        may_look = self.targets.device.type == "cpu" and not torch.compiler.is_compiling()
-        problem = self.value_problem() if may_look else None
+        problem = self.value_problem() if checks.may_read(self.targets) else None
         if problem is not None:
             raise ValueError(problem)
 
