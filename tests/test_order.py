@@ -112,6 +112,28 @@ def test_infinities_have_their_place():
     assert top_k_mask(scores, every(scores), 3).tolist() == [True, False, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        # At the quantiles 0, 1/4, 1/2, 3/4 and 1.
+        ([INF], [INF] * 5),
+        ([INF, INF], [INF] * 5),
+        ([-INF, -INF], [-INF] * 5),
+        ([2.0, INF], [2.0, INF, INF, INF, INF]),
+        ([-INF, 2.0], [-INF, -INF, -INF, -INF, 2.0]),
+        ([-INF, INF], [-INF, NAN, NAN, NAN, INF]),
+        ([-INF, 2.0, INF], [-INF, -INF, 2.0, INF, INF]),
+        ([-INF, -INF, INF, INF], [-INF, -INF, NAN, INF, INF]),
+    ],
+)
+def test_quantiles_between_infinities(values, wanted, dtype):
+    scores = torch.tensor(values, dtype=dtype).flip(0)
+    found = torch.stack([masked_quantile(scores, every(scores), q / 4) for q in range(5)])
+    want = torch.tensor(wanted, dtype=dtype)
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_zeros_are_equal_whatever_their_sign():
     scores = torch.tensor([-0.0, 0.0, -0.0, -1.0])
     assert top_k_mask(scores, every(scores), 1).tolist() == [True, False, False, False]
