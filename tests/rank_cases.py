@@ -44,6 +44,29 @@ def imagined_ranks(n_ranks: int) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
+def outsiders() -> list[str]:
+    """What each op over a group of rank 0 alone says on this rank."""
+    group = dist.new_group([0])
+    scores, numbers = torch.arange(4.0), torch.zeros(4, dtype=torch.int64)
+    mask = torch.ones(4, dtype=torch.bool)
+    found = []
+    for op, *arguments in (
+        (masked_quantile, scores, mask, 0.5),
+        (top_k_mask, scores, mask, 1),
+        (mean_bounded_mask, scores, mask, 0.5),
+        (segment_counts, numbers, 1),
+        (segment_sums, scores, numbers, 1),
+        (segment_std, scores, numbers, 1),
+        (leave_one_out_means, scores, numbers, 1),
+    ):
+        try:
+            op(*arguments, group=group)
+            found.append("nothing")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def order_statistics(group, rank, case):
     """The three ops on this rank's part of the scores; on all of them without a group."""
     part = slice(*case["borders"][rank : rank + 2]) if group is not None else slice(None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_cases import each, imagined_ranks, order_statistics
+from rank_cases import each, imagined_ranks, order_statistics, outsiders
 from ranks import on_ranks
 
 from rollfuse import masked_quantile, mean_bounded_mask, top_k_mask
@@ -428,3 +428,11 @@ def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
             assert torch.equal(torch.cat(parts), whole), (number, which)
     # All refuse the NaN of one of them; otherwise the others would wait for it.
     assert all("scores: need no NaN" in found[rank][-1] for rank in range(n_ranks))
+
+
+def test_a_process_outside_the_group_is_refused(tmp_path):
+    """torch lets it pass with a warning, and each such rank would find something of its own."""
+    inside, outside = on_ranks(outsiders, 2, tmp_path)
+    assert set(inside) == {"nothing"}
+    said = "group: need a process group that this process is in, got one that it is not in"
+    assert set(outside) == {said}
