@@ -389,28 +389,46 @@ def test_a_bad_removable_mask():
         mean_bounded_mask(S, M, 1.0, removable=M[:1])
 
 
+def spread(n, n_ranks, where):
+    """Where the ranks' parts of n scores end: all with one of the ranks, evenly, or anyhow."""
+    if where == "evenly":
+        return [n * rank // n_ranks for rank in range(n_ranks + 1)]
+    if where == "anyhow":
+        return [0, *torch.randint(0, n + 1, (n_ranks - 1,)).sort().values.tolist(), n]
+    return [0] * (where % n_ranks + 1) + [n] * (n_ranks - where % n_ranks)
+
+
 def rank_problems(n_ranks):
     """Scores spread over ranks: ties across borders, empty ranks, and one with a NaN."""
     cases = []
-    for n, dtype in ((60, torch.float32), (64, torch.bfloat16), (3001, torch.float32),
-                     (3001, torch.float64), (0, torch.float64)):  # fmt: skip
+    for n, dtype, where in (
+        (60, torch.float32, "evenly"),
+        (64, torch.bfloat16, 0),
+        (65, torch.float16, 1),
+        (66, torch.float64, -1),
+        (3001, torch.float32, "anyhow"),
+        (3001, torch.float64, "anyhow"),
+        (1, torch.float32, -1),
+        (0, torch.float64, "anyhow"),
+    ):
         scores = torch.randn(n, dtype=torch.float64)
         if n == 60:
             scores = scores.sign() + 1.0  # squares 0 and 4
-        borders = torch.randint(0, n + 1, (n_ranks - 1,)).sort().values.tolist()
-        borders = [n] * (n_ranks - 1) if n == 64 else borders  # rank 0 has all
+        borders, mask = spread(n, n_ranks, where), torch.rand(n) < 0.8
+        if n == 3001:
+            mask[: borders[1]] = False  # rank 0 has scores, of which none is selected
         cases.append(
             {
                 "scores": scores.square().to(dtype),
-                "mask": torch.rand(n) < 0.8,
+                "mask": mask,
                 "removable": torch.rand(n) < 0.5,
-                "borders": [0, *borders, n],
-                "q": 0.37,
-                "k": n // 3,
-                "bound": 0.25,
+                "borders": borders,
+                "q": (0.0, 0.37, 0.5, 0.9, 1.0),
+                "k": (0, 1, n // 3, int(mask.sum()), n + 5),
+                "bound": (-1.0, 0.0, 0.04, 0.25, 0.9, 100.0),
             }
         )
-    spoiled = {**cases[2], "scores": cases[2]["scores"].clone(), "mask": cases[2]["mask"].clone()}
+    spoiled = {**cases[4], "scores": cases[4]["scores"].clone(), "mask": cases[4]["mask"].clone()}
     spoiled["scores"][-1], spoiled["mask"][-1] = NAN, True
     return cases, spoiled
 
@@ -420,12 +438,13 @@ def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
     cases, spoiled = rank_problems(n_ranks)
     found = on_ranks(each, n_ranks, tmp_path, order_statistics, [*cases, spoiled])
     for number, case in enumerate(cases):
-        quantile, *masks = order_statistics(None, 0, case)
+        quantiles, masks = order_statistics(None, 0, case)
         for rank in range(n_ranks):
-            assert torch.equal(found[rank][number][0].nan_to_num(), quantile.nan_to_num())
-        for which, whole in enumerate(masks, 1):
-            parts = [found[rank][number][which] for rank in range(n_ranks)]
-            assert torch.equal(torch.cat(parts), whole), (number, which)
+            ours = found[rank][number][0]
+            torch.testing.assert_close(ours, quantiles, rtol=0, atol=0, equal_nan=True)
+        for name, whole in masks.items():
+            parts = [found[rank][number][1][name] for rank in range(n_ranks)]
+            assert torch.equal(torch.cat(parts), whole), (number, name)
     # All refuse the NaN of one of them; otherwise the others would wait for it.
     assert all("scores: need no NaN" in found[rank][-1] for rank in range(n_ranks))
 
