@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from check import needs_device, no_wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_cases import each, imagined_ranks, order_statistics, outsiders
@@ -307,6 +308,31 @@ def test_no_tensor_on_a_device_is_read_for_a_group():
         assert top_k_mask(scores, mask, 2, group=group).shape == (5,)
         found = mean_bounded_mask(scores, mask, 0.5, removable=mask, group=group)
         assert found.shape == (5,)
+
+
+@needs_device
+def test_a_device_is_not_waited_for():
+    scores, mask, removable = torch.rand(5000), torch.rand(5000) < 0.7, torch.rand(5000) < 0.5
+    numbers = (torch.tensor(0.3), torch.tensor(700), torch.tensor(0.2))
+
+    def found(device, in_python):
+        x, chosen, loose = (tensor.to(device) for tensor in (scores, mask, removable))
+        # Numbers are taken as they are, and as tensors on the device.
+        q, k, bound = (n.item() if in_python else n.to(device) for n in numbers)
+        with no_wait():
+            return [
+                masked_quantile(x, chosen, q),
+                top_k_mask(x, chosen, k),
+                mean_bounded_mask(x, chosen, bound),
+                mean_bounded_mask(x, chosen, bound, removable=loose),
+            ]
+
+    for in_python in (True, False):
+        for ours, want in zip(found("cuda", in_python), found("cpu", in_python), strict=True):
+            torch.testing.assert_close(ours.cpu(), want)
+    on_device = scores.cuda()
+    with pytest.raises(RuntimeError, match="synchroniz"), no_wait():
+        on_device[0].item()
 
 
 def unread(function, *arguments):
