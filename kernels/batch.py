@@ -74,8 +74,7 @@ class TokenBatch:
     def __post_init__(self) -> None:
         _check_structure(self)
         # Elsewhere looking at values would wait, or break a graph: the ops flag wrong ones.
-        may_look = self.targets.device.type == "cpu" and not torch.compiler.is_compiling()
-        problem = self.value_problem() if may_look else None
+        problem = self.value_problem() if checks.may_read(self.targets) else None
         if problem is not None:
             raise ValueError(problem)
 
@@ -105,17 +104,20 @@ class TokenBatch:
 
         Args:
             ids: (B, L) int64, prompt and response with any padding.
-            mask: (B, L) bool, True on tokens to learn from (False on prompts and padding).
+            mask: (B, L) bool, True on tokens to learn from (False on prompts and padding). Integers
+                of 0 and 1 will do, as trainers have them.
             reduction: `token_mean`, `sequence_mean`, ...; makes the weights.
             denominator: the reduction's denominator over the whole step (None: this batch's own).
             per_token: any other field of TokenBatch. Tensors are (B,), one value a sequence;
                 (B, L), aligned with `ids`; or (B, L - 1), where column t belongs to token t + 1.
 
         Raises:
+            TypeError: a dtype is wrong; floats are no mask.
             ValueError: shapes differ, or `mask` selects a first token, which nothing predicts.
         """
         checks.need_int(ids, "ids")
         checks.need(ids.dim() == 2, "ids", "shape (B, L)", tuple(ids.shape))
+        checks.need_marks(mask, "mask")
         checks.need_shape(mask, tuple(ids.shape), "mask", "the shape of ids")
         n_sequences, length = ids.shape
         mask = mask.to(device=ids.device, dtype=torch.bool)
@@ -183,7 +185,7 @@ class TokenBatch:
 
         Args:
             ids: B tensors (L_b,) int64.
-            mask: B tensors (L_b,) bool, True on tokens to learn from.
+            mask: B tensors (L_b,) bool or integers, as in `from_padded`.
             reduction, denominator: as in `from_padded`.
             per_token: any other field: a list of B tensors (L_b,), aligned with the tokens, or
                 one tensor (B,) with a value a sequence.
@@ -194,6 +196,7 @@ class TokenBatch:
         for b, (row, row_mask) in enumerate(zip(ids, mask, strict=True)):
             checks.need_int(row, f"ids[{b}]")
             checks.need(row.dim() == 1, f"ids[{b}]", "shape (L_b,)", tuple(row.shape))
+            checks.need_marks(row_mask, f"mask[{b}]")
             checks.need_shape(row_mask, tuple(row.shape), f"mask[{b}]", "the shape of its ids")
         lengths = torch.tensor([len(row) for row in ids], device=device)
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -342,8 +345,8 @@ def _check_structure(batch: TokenBatch) -> None:
             checks.need_float(value, name)
         if name in ("rows", "version"):
             checks.need_int(value, name)
-        if name == "known" and value.dtype != torch.bool:
-            raise TypeError(f"known: need bool, got {value.dtype}")
+        if name == "known":
+            checks.need_bool(value, name)
     if not isinstance(batch.temperature, Tensor):
         good = 0.0 < float(batch.temperature) < float("inf")
         checks.need(good, "temperature", "a finite value > 0", batch.temperature)

@@ -37,6 +37,13 @@ def need_bool(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: need bool, got {tensor.dtype}")
 
 
+def need_marks(tensor: Tensor, name: str) -> None:
+    """A mask as it comes from outside: tokenizers and trainers write 0 and 1."""
+    need_tensor(tensor, name)
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: need bool or integers, got {tensor.dtype}")
+
+
 def need_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) -> None:
     need(tuple(tensor.shape) == shape, name, f"shape {shape} ({meaning})", tuple(tensor.shape))
 

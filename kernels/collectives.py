@@ -9,6 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rollfuse.kernels import checks
+
+
+def need_member(group: object) -> None:
+    """Raise ValueError unless `group` is a process group with this process in it.
+
+    Elsewhere torch hands out a number in its place, and passes over the collectives on it.
+    """
+    outside = group == dist.GroupMember.NON_GROUP_MEMBER
+    got = "one that it is not in" if outside else type(group).__name__
+    good = isinstance(group, dist.ProcessGroup)
+    checks.need(good, "group", "a process group that this process is in", got)
+
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`tensor` summed over the ranks of `group`, equal on all of them; differentiable.
@@ -18,6 +31,7 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None:
         return tensor
+    need_member(group)
     apply = cast(Callable[..., Tensor], _SumOver.apply)
     return apply(tensor, group)
 
@@ -26,6 +40,7 @@ def least_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The elementwise least of `tensor` over the ranks of `group`; a constant."""
     least = tensor.detach()
     if group is not None:
+        need_member(group)
         least = least.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
     return least
@@ -35,6 +50,7 @@ def sum_of_lower_ranks(count: Tensor, group: dist.ProcessGroup | None) -> Tensor
     """() the sum of `count` () over the ranks of `group` below this one."""
     if group is None:
         return torch.zeros_like(count)
+    need_member(group)
     rank = dist.get_rank(group)
     counts = count.new_zeros(dist.get_world_size(group))
     counts[rank] = count

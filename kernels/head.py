@@ -71,8 +71,10 @@ class Head:
         group: the weight is this rank's rows of a vocabulary split over the group's ranks, in their
             order. All ranks make the Head together (it is a collective; make it once and keep it)
             and call an op with the same hidden states, batch and plan; targets are ids of the whole
-            vocabulary. They all get the same values and the whole gradient of `hidden`; weight,
-            bias and lora.b keep to the shard, lora.a is whole on every rank.
+            vocabulary. Either on all of them `hidden` requires grad or on none: it is not checked,
+            and ranks would wait for a sum that the others skip. They all get the same values and
+            the whole gradient of `hidden`; weight, bias and lora.b keep to the shard, lora.a is
+            whole on every rank.
         sequence_parallel: with a group, `hidden` holds this rank's (R / ranks, D) rows, as many as
             every other's: they are gathered, and the gradient is scattered back.
 

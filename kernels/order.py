@@ -31,6 +31,7 @@ def masked_quantile(
     """The q-quantile of the scores that `mask` selects, interpolated as numpy.quantile does.
 
     It lies at q (n - 1) in ascending order, counted from 0, linearly between the two next to it.
+    Unlike numpy's it is infinite between a finite score and an infinity, and between equal ones.
 
     Args:
         scores: (N,) float, infinities allowed.
@@ -39,8 +40,8 @@ def masked_quantile(
         group: the ranks whose scores count together; None is this process alone.
 
     Returns:
-        () in the dtype of `scores`, a constant. NaN where nothing is selected, and (on a device)
-        where a NaN is or q is outside [0, 1].
+        () in the dtype of `scores`, a constant. NaN where nothing is selected, between -inf and
+        +inf, and (on a device) where a NaN is selected or q is outside [0, 1].
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or (on the CPU) value is wrong.

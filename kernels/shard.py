@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rollfuse.kernels import checks
+from rollfuse.kernels.collectives import need_member
 from rollfuse.kernels.rows import FLOOR, RowStatistics
 
 
@@ -109,8 +110,7 @@ def join_shards(
     Raises:
         ValueError: this process is not in the group, or ranks differ in a trait.
     """
-    good = isinstance(group, dist.ProcessGroup)
-    checks.need(good, "group", "a process group this process is in", type(group).__name__)
+    need_member(group)
     n_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     mine = torch.tensor([n_local, *traits.values()], dtype=torch.float64, device=device)
     counts, *columns = _gathered(mine, group).cpu().t().tolist()

@@ -36,6 +36,17 @@ def is_linear_head(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
 
 
+def described(module: torch.nn.Module) -> str:
+    """What `module` is, for a message that refuses it."""
+    name = type(module).__name__
+    if not hasattr(module, "token_adapter"):
+        return name
+    return (
+        f"{name}, where PEFT trains the rows of some tokens (trainable_token_indices); make a Head "
+        "of its `weight`, which puts them in place anew, before every pass"
+    )
+
+
 def _saved_by_peft(module: torch.nn.Module) -> torch.nn.Module:
     """What a ModulesToSaveWrapper calls in its forward."""
     saved: Any = getattr(module, "modules_to_save", None)
@@ -53,8 +64,7 @@ def _saved_by_peft(module: torch.nn.Module) -> torch.nn.Module:
 def _linear(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not isinstance(module, torch.nn.Linear):
         raise TypeError(
-            "module: need a torch.nn.Linear, or PEFT's wrapper around one, got "
-            f"{type(module).__name__}"
+            f"module: need a torch.nn.Linear, or PEFT's wrapper around one, got {described(module)}"
         )
     own_forward = "forward" in vars(module) or type(module).forward is not torch.nn.Linear.forward
     hooked = bool(module._forward_hooks or module._forward_pre_hooks)

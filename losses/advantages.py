@@ -111,6 +111,6 @@ def _check(rewards: Tensor, groups: Tensor, singleton_baseline: float | None) ->
     if singleton_baseline is not None:
         good = math.isfinite(singleton_baseline)
         checks.need(good, "singleton_baseline", "a finite value or None", singleton_baseline)
-    if rewards.device.type == "cpu":
+    if checks.may_read(rewards):
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
         checks.need(not bad, "rewards", "finite values", f"others at {bad[:8]}")

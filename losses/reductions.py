@@ -128,7 +128,7 @@ def _inverse(denominator: Tensor | float, device: torch.device) -> Tensor:
     """1 / denominator, 0 for 0; 0-d float64 on `device`."""
     if isinstance(denominator, Tensor):
         checks.need_shape(denominator, (), "denominator", "a 0-d tensor")
-        if denominator.device.type == "cpu":
+        if checks.may_read(denominator):
             _check_denominator(denominator.item())
         count = denominator.detach().to(device=device, dtype=torch.float64)
     else:
@@ -156,7 +156,7 @@ def _check(mask: Tensor, cu_seqlens: Tensor) -> None:
     good = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1
     checks.need(good, "cu_seqlens", "shape (B + 1,)", tuple(cu_seqlens.shape))
     checks.need_same_device(cu_seqlens, mask, "cu_seqlens", "mask")
-    if cu_seqlens.device.type == "cpu":
+    if checks.may_read(cu_seqlens):
         borders = cu_seqlens.tolist()
         good = borders[0] == 0 and borders[-1] == mask.shape[0] and borders == sorted(borders)
         checks.need(good, "cu_seqlens", f"non-decreasing from 0 to P = {mask.shape[0]}", borders)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
-from rollfuse.kernels.wrapped import is_linear_head, linear_head
+from rollfuse.kernels.wrapped import described, is_linear_head, linear_head
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -55,8 +55,7 @@ def head_of(model: PreTrainedModel) -> Head:
         ValueError: the model has no linear head on its hidden states.
     """
     module: Any = model.get_output_embeddings()
-    got = type(module).__name__
-    checks.need(is_linear_head(module), "model", "a linear LM head", got)
+    checks.need(is_linear_head(module), "model", "a linear LM head", described(module))
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):

@@ -85,13 +85,21 @@ def has_marked_answer(response: str) -> bool:
 
 def is_safe(answer: str) -> bool:
     """Whether math-verify can evaluate `answer` without a timer: short, and nothing that grows."""
+    return why_unsafe(answer) is None
+
+
+def why_unsafe(answer: str) -> str | None:
+    """What keeps `answer` from math-verify, in words, or None."""
     if not 0 < len(answer) <= MAX_ANSWER_CHARS:
-        return False
-    if any(name not in _SAFE_COMMANDS for name in _COMMAND.findall(answer)):
-        return False
+        return f"{len(answer)} characters, not 1 to {MAX_ANSWER_CHARS}"
+    for name in _COMMAND.findall(answer):
+        if name not in _SAFE_COMMANDS:
+            return f"the LaTeX command \\{name}"
     without_commands = _COMMAND.sub(" ", answer)
     n_powers = without_commands.count("^") + without_commands.count("**")
-    return n_powers == len(_POWER.findall(without_commands)) and "!" not in without_commands
+    if n_powers != len(_POWER.findall(without_commands)):
+        return "a power that may be too large"
+    return "a factorial" if "!" in without_commands else None
 
 
 def _until_closing_brace(text: str) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollfuse.kernels import checks
-from rollfuse.rollout.grading import MAX_ANSWER_CHARS, grade_answer, has_marked_answer
+from rollfuse.rollout.grading import grade_answer, has_marked_answer, why_unsafe
 
 _SPLIT_SEED = 20260101
 _SORT_DIGITS = 5
@@ -138,7 +138,8 @@ def read_questions(path: str | Path) -> list[Problem]:
 
     Raises:
         ValueError: naming the line: not UTF-8, not JSON, not an object, a field missing or not a
-            string, no `####`, an empty or overlong answer; or the file holds no question.
+            string, no `####`, an answer that is empty, too long or unsafe to evaluate; or the file
+            holds no question.
         OSError: the file cannot be read.
     """
     problems: list[Problem] = []
@@ -165,8 +166,10 @@ def _read_line(raw: bytes, where: str) -> Problem:
     _, marker, answer = record["answer"].rpartition("####")
     checks.need(bool(marker), where, "an answer after '####'", _short(record["answer"].encode()))
     answer = answer.strip()
-    good = 0 < len(answer) <= MAX_ANSWER_CHARS
-    checks.need(good, where, f"1 to {MAX_ANSWER_CHARS} characters after '####'", len(answer))
+    # What is not let in is never right: every response would count as wrong.
+    reason, short = why_unsafe(answer), _short(answer.encode())
+    needed = "an answer after '####' that can be graded"
+    checks.need(reason is None, where, needed, f"{short} ({reason})")
     return Problem(record["question"].strip(), answer)
 
 

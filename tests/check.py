@@ -1,9 +1,31 @@
-"""Numeric checks: our error against float64 truth beside PyTorch's own error in the same dtype."""
+"""Numeric checks: our error against float64 truth beside PyTorch's own error in the same dtype.
+
+And that a device is not waited for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import Tensor
+
+needs_device = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA or AMD device"
+)
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """Waiting for the device raises RuntimeError inside."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:

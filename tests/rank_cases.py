@@ -44,16 +44,44 @@ def imagined_ranks(n_ranks: int) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
+def outsiders() -> list[str]:
+    """What each op over a group of rank 0 alone says on this rank."""
+    group = dist.new_group([0])
+    scores, numbers = torch.arange(4.0), torch.zeros(4, dtype=torch.int64)
+    mask = torch.ones(4, dtype=torch.bool)
+    found = []
+    for op, *arguments in (
+        (masked_quantile, scores, mask, 0.5),
+        (top_k_mask, scores, mask, 1),
+        (mean_bounded_mask, scores, mask, 0.5),
+        (segment_counts, numbers, 1),
+        (segment_sums, scores, numbers, 1),
+        (segment_std, scores, numbers, 1),
+        (leave_one_out_means, scores, numbers, 1),
+    ):
+        try:
+            op(*arguments, group=group)
+            found.append("nothing")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def order_statistics(group, rank, case):
-    """The three ops on this rank's part of the scores; on all of them without a group."""
+    """The three ops on this rank's part of the scores; on all of them without a group.
+
+    Returns the quantiles (n,), and masks by name.
+    """
     part = slice(*case["borders"][rank : rank + 2]) if group is not None else slice(None)
     scores, mask, removable = (case[name][part] for name in ("scores", "mask", "removable"))
-    return [
-        masked_quantile(scores, mask, case["q"], group=group),
-        top_k_mask(scores, mask, case["k"], group=group),
-        mean_bounded_mask(scores, mask, case["bound"], group=group),
-        mean_bounded_mask(scores, mask, case["bound"], removable=removable, group=group),
-    ]
+    quantiles = torch.stack([masked_quantile(scores, mask, q, group=group) for q in case["q"]])
+    masks = {f"top {k}": top_k_mask(scores, mask, k, group=group) for k in case["k"]}
+    for bound in case["bound"]:
+        masks[f"mean {bound}"] = mean_bounded_mask(scores, mask, bound, group=group)
+        masks[f"mean {bound}, not all removable"] = mean_bounded_mask(
+            scores, mask, bound, removable=removable, group=group
+        )
+    return quantiles, masks
 
 
 def segment_statistics(group, rank, case):

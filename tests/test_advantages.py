@@ -229,3 +229,14 @@ def test_bad_rewards_and_groups(function, rewards, groups, error, message):
 def test_bad_keywords(function, keywords, message):
     with pytest.raises(ValueError, match=message):
         function(R, G, **keywords)
+
+
+@pytest.mark.parametrize("function", BOTH)
+def test_one_graph_gives_the_same(function):
+    """A graph has no place for a value of a tensor: there a reward cannot be refused."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        function, fullgraph=True, backend="aot_eager_decomp_partition", dynamic=True
+    )
+    rewards, groups = torch.rand(9), torch.arange(9) % 4
+    assert torch.equal(compiled(rewards, groups), function(rewards, groups))

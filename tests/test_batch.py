@@ -93,9 +93,13 @@ def test_fields_that_are_not_per_token():
     assert _padded(temperature=2).temperature == 2
 
 
-def test_int32_ids_and_a_number_mask():
-    batch = TokenBatch.from_padded(IDS.int(), MASK.long(), reduction=token_mean)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_int32_ids_and_an_integer_mask(dtype):
+    batch = TokenBatch.from_padded(IDS.int(), MASK.to(dtype), reduction=token_mean)
     assert batch.targets.tolist() == [12, 13, 31, 33] and batch.targets.dtype == torch.int64
+    masks = [mask.to(dtype) for mask in _listed(MASK)]
+    packed = TokenBatch.from_sequences(_listed(IDS), masks, reduction=token_mean)
+    assert torch.equal(packed.targets, batch.targets)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (3, 1), (3, 4)])
@@ -116,6 +120,9 @@ def test_nothing_to_learn_from_is_an_empty_batch(shape):
         ({"ids": IDS[0]}, ValueError, r"ids: need shape \(B, L\)"),
         ({"ids": -IDS}, ValueError, "targets: need token ids >= 0"),
         ({"mask": MASK[:, :3]}, ValueError, r"mask: need shape \(3, 4\)"),
+        ({"mask": MASK.float()}, TypeError, "mask: need bool or integers, got torch.float32"),
+        ({"mask": MASK.cfloat()}, TypeError, "mask: need bool or integers, got torch.complex64"),
+        ({"mask": MASK.tolist()}, TypeError, "mask: need a torch.Tensor, got list"),
         ({"mask": torch.ones_like(MASK)}, ValueError, "mask: need False on first tokens"),
         ({"advantages": PLACES[:, :2]}, ValueError, r"advantages: need shape \(3, 4\), \(3, 3\)"),
         ({"advantages": torch.ones(4)}, ValueError, "advantages: need shape"),
@@ -249,6 +256,8 @@ def test_from_sequences_with_an_empty_sequence():
         ({"ids": [*_listed(IDS)[:2], IDS[2].float()]}, TypeError, r"ids\[2\]: need int64"),
         ({"ids": [IDS, *_listed(IDS)[1:]]}, ValueError, r"ids\[0\]: need shape"),
         ({"mask": [MASK[0], MASK[1], MASK[2]]}, ValueError, r"mask\[1\]: need shape \(3,\)"),
+        ({"mask": _listed(MASK.half())}, TypeError, r"mask\[0\]: need bool or .* torch.float16"),
+        ({"mask": _listed(MASK)[:2] + [[0, 1, 0, 1]]}, TypeError, r"mask\[2\]: need a torch.Tens"),
         ({"mask": [~m for m in _listed(MASK)]}, ValueError, "mask: need False on first tokens"),
         ({"advantages": torch.ones(4)}, ValueError, r"advantages: need shape \(3,\)"),
         ({"advantages": list(PLACES)}, ValueError, r"advantages\[1\]: need shape \(3,\)"),

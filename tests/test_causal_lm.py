@@ -76,3 +76,11 @@ def test_factors_multiply():
 def test_a_head_that_is_not_linear_is_refused(head):
     with pytest.raises(ValueError, match="model: need a linear LM head, got"):
         head_of(stub(head))
+
+
+def test_a_tied_head_with_trained_tokens_is_refused_with_advice():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    model = peft.get_peft_model(tiny_qwen3(tie_word_embeddings=True), config)
+    with pytest.raises(ValueError, match=r"TrainableTokensWrapper, .* Head of its `weight`"):
+        head_of(model)

@@ -92,7 +92,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         (["--group-size", "1"], "--group-size: need at least 2"),
         (["--data", str(TWENTY)], "--data: need --model"),
         (["--model", "nowhere", "--data", str(broken)], "broken.jsonl, line 2: need a JSON object"),
-        (["--model", "nowhere", "--data", "missing.jsonl"], "missing.jsonl"),
+        (
+            ["--model", "nowhere", "--data", "missing.jsonl"],
+            "--data: need a JSON-lines file, got missing.jsonl (No such file or directory)",
+        ),
+        (
+            ["--model", "nowhere", "--data", str(tmp_path)],
+            f"--data: need a JSON-lines file, got {tmp_path} (Is a directory)",
+        ),
         (["--device", "abacus"], "--device: need"),
         (["--hidden", "18"], "hidden: need a multiple of"),
         (["--model", str(tmp_path)], "model: need a directory with a config.json"),

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from rollfuse.rollout import grading
-from rollfuse.rollout.grading import grade_answer, has_marked_answer, is_safe, stated_answer
+from rollfuse.rollout.grading import (
+    grade_answer,
+    has_marked_answer,
+    is_safe,
+    stated_answer,
+    why_unsafe,
+)
 from rollfuse.rollout.tasks import read_questions
 
 TWENTY = Path(__file__).parent / "data" / "gsm8k_twenty.jsonl"
@@ -98,6 +104,21 @@ def test_what_could_explode_is_not_evaluated(hostile: str) -> None:
     started = time.perf_counter()
     assert not grade_answer("18", f"#### {hostile}")
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("hostile", "reason"),
+    [
+        ("x" * 101, "101 characters, not 1 to 100"),
+        ("", "0 characters, not 1 to 100"),
+        ("7!", "a factorial"),
+        (r"\sum i", r"the LaTeX command \sum"),
+        (r"\pi\&", r"the LaTeX command \&"),
+        ("9^9^9", "a power that may be too large"),
+    ],
+)
+def test_why_an_answer_is_not_evaluated(hostile: str, reason: str) -> None:
+    assert why_unsafe(hostile) == reason
 
 
 def test_unsafe_answers_never_reach_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:

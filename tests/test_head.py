@@ -333,6 +333,23 @@ def test_adapters_that_are_not_plain_are_refused():
         linear_head(several.base_model.model.lm_head)
 
 
+def test_a_head_with_trained_tokens_is_refused_and_its_weight_is_not():
+    """What the message advises gives the module's own log-probs and gradients."""
+    model = peft_head(target="body", trainable_token_indices={"lm_head": [3, 7]})
+    module = model.base_model.model.lm_head
+    with pytest.raises(TypeError, match=r"TrainableTokensWrapper, .* Head of its `weight`"):
+        linear_head(module)
+    (delta,) = (p for p in module.parameters() if p.requires_grad)
+    with torch.no_grad():
+        delta.normal_()
+    hidden, targets = torch.randn(5, 8), torch.tensor([3, 7, 0, 3, 29])
+    own = module(hidden).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    ours = linear_logp_entropy(hidden, Head(module.weight), targets).logp
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+    found, want = (torch.autograd.grad(logp.sum(), delta) for logp in (ours, own))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
 def test_a_module_that_is_no_linear_head_is_refused():
     with pytest.raises(TypeError, match="got Embedding"):
         linear_head(torch.nn.Embedding(3, 2))

@@ -6,9 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from check import needs_device, no_wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_cases import each, imagined_ranks, order_statistics
+from rank_cases import each, imagined_ranks, order_statistics, outsiders
 from ranks import on_ranks
 
 from rollfuse import masked_quantile, mean_bounded_mask, top_k_mask
@@ -110,6 +111,28 @@ def test_infinities_have_their_place():
     assert masked_quantile(scores, every(scores), 0.6).item() == INF
     assert masked_quantile(scores, every(scores), 1.0).item() == INF
     assert top_k_mask(scores, every(scores), 3).tolist() == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        # At the quantiles 0, 1/4, 1/2, 3/4 and 1.
+        ([INF], [INF] * 5),
+        ([INF, INF], [INF] * 5),
+        ([-INF, -INF], [-INF] * 5),
+        ([2.0, INF], [2.0, INF, INF, INF, INF]),
+        ([-INF, 2.0], [-INF, -INF, -INF, -INF, 2.0]),
+        ([-INF, INF], [-INF, NAN, NAN, NAN, INF]),
+        ([-INF, 2.0, INF], [-INF, -INF, 2.0, INF, INF]),
+        ([-INF, -INF, INF, INF], [-INF, -INF, NAN, INF, INF]),
+    ],
+)
+def test_quantiles_between_infinities(values, wanted, dtype):
+    scores = torch.tensor(values, dtype=dtype).flip(0)
+    found = torch.stack([masked_quantile(scores, every(scores), q / 4) for q in range(5)])
+    want = torch.tensor(wanted, dtype=dtype)
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_zeros_are_equal_whatever_their_sign():
@@ -287,6 +310,31 @@ def test_no_tensor_on_a_device_is_read_for_a_group():
         assert found.shape == (5,)
 
 
+@needs_device
+def test_a_device_is_not_waited_for():
+    scores, mask, removable = torch.rand(5000), torch.rand(5000) < 0.7, torch.rand(5000) < 0.5
+    numbers = (torch.tensor(0.3), torch.tensor(700), torch.tensor(0.2))
+
+    def found(device, in_python):
+        x, chosen, loose = (tensor.to(device) for tensor in (scores, mask, removable))
+        # Numbers are taken as they are, and as tensors on the device.
+        q, k, bound = (n.item() if in_python else n.to(device) for n in numbers)
+        with no_wait():
+            return [
+                masked_quantile(x, chosen, q),
+                top_k_mask(x, chosen, k),
+                mean_bounded_mask(x, chosen, bound),
+                mean_bounded_mask(x, chosen, bound, removable=loose),
+            ]
+
+    for in_python in (True, False):
+        for ours, want in zip(found("cuda", in_python), found("cpu", in_python), strict=True):
+            torch.testing.assert_close(ours.cpu(), want)
+    on_device = scores.cuda()
+    with pytest.raises(RuntimeError, match="synchroniz"), no_wait():
+        on_device[0].item()
+
+
 def unread(function, *arguments):
     """The function in one graph, which has no place for a value of a tensor; no NaN is refused."""
     torch._dynamo.reset()
@@ -367,28 +415,46 @@ def test_a_bad_removable_mask():
         mean_bounded_mask(S, M, 1.0, removable=M[:1])
 
 
+def spread(n, n_ranks, where):
+    """Where the ranks' parts of n scores end: all with one of the ranks, evenly, or anyhow."""
+    if where == "evenly":
+        return [n * rank // n_ranks for rank in range(n_ranks + 1)]
+    if where == "anyhow":
+        return [0, *torch.randint(0, n + 1, (n_ranks - 1,)).sort().values.tolist(), n]
+    return [0] * (where % n_ranks + 1) + [n] * (n_ranks - where % n_ranks)
+
+
 def rank_problems(n_ranks):
     """Scores spread over ranks: ties across borders, empty ranks, and one with a NaN."""
     cases = []
-    for n, dtype in ((60, torch.float32), (64, torch.bfloat16), (3001, torch.float32),
-                     (3001, torch.float64), (0, torch.float64)):  # fmt: skip
+    for n, dtype, where in (
+        (60, torch.float32, "evenly"),
+        (64, torch.bfloat16, 0),
+        (65, torch.float16, 1),
+        (66, torch.float64, -1),
+        (3001, torch.float32, "anyhow"),
+        (3001, torch.float64, "anyhow"),
+        (1, torch.float32, -1),
+        (0, torch.float64, "anyhow"),
+    ):
         scores = torch.randn(n, dtype=torch.float64)
         if n == 60:
             scores = scores.sign() + 1.0  # squares 0 and 4
-        borders = torch.randint(0, n + 1, (n_ranks - 1,)).sort().values.tolist()
-        borders = [n] * (n_ranks - 1) if n == 64 else borders  # rank 0 has all
+        borders, mask = spread(n, n_ranks, where), torch.rand(n) < 0.8
+        if n == 3001:
+            mask[: borders[1]] = False  # rank 0 has scores, of which none is selected
         cases.append(
             {
                 "scores": scores.square().to(dtype),
-                "mask": torch.rand(n) < 0.8,
+                "mask": mask,
                 "removable": torch.rand(n) < 0.5,
-                "borders": [0, *borders, n],
-                "q": 0.37,
-                "k": n // 3,
-                "bound": 0.25,
+                "borders": borders,
+                "q": (0.0, 0.37, 0.5, 0.9, 1.0),
+                "k": (0, 1, n // 3, int(mask.sum()), n + 5),
+                "bound": (-1.0, 0.0, 0.04, 0.25, 0.9, 100.0),
             }
         )
-    spoiled = {**cases[2], "scores": cases[2]["scores"].clone(), "mask": cases[2]["mask"].clone()}
+    spoiled = {**cases[4], "scores": cases[4]["scores"].clone(), "mask": cases[4]["mask"].clone()}
     spoiled["scores"][-1], spoiled["mask"][-1] = NAN, True
     return cases, spoiled
 
@@ -398,11 +464,20 @@ def test_ranks_find_what_one_process_finds(n_ranks, tmp_path):
     cases, spoiled = rank_problems(n_ranks)
     found = on_ranks(each, n_ranks, tmp_path, order_statistics, [*cases, spoiled])
     for number, case in enumerate(cases):
-        quantile, *masks = order_statistics(None, 0, case)
+        quantiles, masks = order_statistics(None, 0, case)
         for rank in range(n_ranks):
-            assert torch.equal(found[rank][number][0].nan_to_num(), quantile.nan_to_num())
-        for which, whole in enumerate(masks, 1):
-            parts = [found[rank][number][which] for rank in range(n_ranks)]
-            assert torch.equal(torch.cat(parts), whole), (number, which)
+            ours = found[rank][number][0]
+            torch.testing.assert_close(ours, quantiles, rtol=0, atol=0, equal_nan=True)
+        for name, whole in masks.items():
+            parts = [found[rank][number][1][name] for rank in range(n_ranks)]
+            assert torch.equal(torch.cat(parts), whole), (number, name)
     # All refuse the NaN of one of them; otherwise the others would wait for it.
     assert all("scores: need no NaN" in found[rank][-1] for rank in range(n_ranks))
+
+
+def test_a_process_outside_the_group_is_refused(tmp_path):
+    """torch lets it pass with a warning, and each such rank would find something of its own."""
+    inside, outside = on_ranks(outsiders, 2, tmp_path)
+    assert set(inside) == {"nothing"}
+    said = "group: need a process group that this process is in, got one that it is not in"
+    assert set(outside) == {said}

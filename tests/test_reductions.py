@@ -151,3 +151,14 @@ def test_constant_length_needs_a_denominator():
 def test_bad_input(reduction, mask, cu, denominator, error, message):
     with pytest.raises(error, match=message):
         reduction(mask, cu, denominator)
+
+
+@pytest.mark.parametrize("reduction", ALL)
+def test_one_graph_gives_the_same(reduction):
+    """A graph has no place for a value of a tensor: there a border cannot be refused."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        reduction, fullgraph=True, backend="aot_eager_decomp_partition", dynamic=True
+    )
+    for denominator in (torch.tensor(12.0), 12):
+        assert torch.equal(compiled(MASK, CU, denominator), reduction(MASK, CU, denominator))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from check import needs_device, no_wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_cases import each, imagined_ranks, segment_statistics
@@ -299,6 +300,20 @@ def test_no_tensor_on_a_device_is_read():
     values, numbers = torch.zeros(5, device="meta"), torch.zeros(5, dtype=torch.int64).to("meta")
     shapes = [found.shape for found in all_of_them(values, numbers, numbers, numbers, 0.5)]
     assert shapes == [(4,)] * 3 + [(5,)] * 3 + [(4,)] + [(5,)] * 5
+
+
+@needs_device
+@pytest.mark.parametrize("n_values", [1, 9, 5000])
+def test_a_device_is_not_waited_for(n_values):
+    numbers = torch.randint(4, (n_values,)).sort().values
+    borders = torch.nn.functional.pad(segment_counts(numbers, 4).cumsum(0), (1, 0))
+    arguments = (torch.randn(n_values), numbers, torch.randint(-5, 5, (n_values,)), borders)
+    on_device = [tensor.cuda() for tensor in arguments]
+    for discount in (0.5, torch.tensor(0.5).cuda()):
+        with no_wait():
+            found = all_of_them(*on_device, discount)
+        for ours, want in zip(found, all_of_them(*arguments, 0.5), strict=True):
+            torch.testing.assert_close(ours.cpu(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_no_tensor_on_a_device_is_read_for_a_group():

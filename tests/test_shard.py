@@ -89,7 +89,7 @@ def test_ranks_that_do_not_fit_are_told_so(tmp_path):
         assert width == "group: need heads of one width on all ranks, got [4.0, 5.0]"
         assert scale == "group: need heads of one scale on all ranks, got [1.0, 2.0]"
         assert targets == "targets: need token ids in [0, 11), got 11 to 11"
-    assert "a process group this process is in" in second[2]
+    assert "a process group that this process is in" in second[2]
 
 
 def test_data_parallel_accumulation_equals_one_process(tmp_path):

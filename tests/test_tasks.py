@@ -115,9 +115,13 @@ def test_questions_are_split_and_repeated_ones_dropped(tmp_path: Path) -> None:
         ('{"question": 7, "answer": "#### 1"}', "string 'question', got 7"),
         ('{"question": "  ", "answer": "#### 1"}', "string 'question'"),
         (line(answer="two"), "'####'"),
-        (line(answer="two ####  "), "1 to 100 characters"),
-        (line(answer="#### " + "9" * 101), "1 to 100 characters"),
+        (line(answer="two ####  "), "got '' (0 characters, not 1 to 100)"),
+        (line(answer="#### " + "9" * 101), "(101 characters, not 1 to 100)"),
         (b'{"question": "\xff", "answer": "#### 1"}', "JSON object"),
+        (line(answer="#### 5!"), "that can be graded, got '5!' (a factorial)"),
+        (line(answer=r"#### 1 + \infty"), r"got '1 + \\infty' (the LaTeX command \infty)"),
+        (line(answer="#### 10^9999"), "got '10^9999' (a power that may be too large)"),
+        (line(answer="#### 2**2**2"), "got '2**2**2' (a power that may be too large)"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, broken: str | bytes, said: str) -> None:

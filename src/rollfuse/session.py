@@ -143,9 +143,13 @@ def rescue(session: Session) -> str:
 
 def load_task(config: Config) -> Task:
     """The problems the config names: a file's, or a built-in task's."""
-    if config.data is not None:
+    if config.data is None:
+        return built_in_task(config.task, heldout=config.heldout)
+    try:
         return questions_task(config.data, heldout=config.heldout)
-    return built_in_task(config.task, heldout=config.heldout)
+    except OSError as error:
+        got = f"{config.data} ({error.strerror})"
+        raise ValueError(f"--data: need a JSON-lines file, got {got}") from error
 
 
 def _first_policy(config: Config, task: Task) -> Policy:
