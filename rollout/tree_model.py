@@ -136,6 +136,8 @@ def need_tree_model(model: PreTrainedModel) -> None:
         raise TypeError(f"model: need full or sliding attention, got {name} with {sorted(kinds)}")
     if "position_ids" not in forward_arguments(model):
         raise TypeError(f"model: need a forward with position_ids, got {name}")
+    if getattr(config, "kv_lora_rank", None):
+        raise TypeError(f"model: need keys as wide as values, got {name} with latent attention")
     if getattr(config, "num_kv_shared_layers", 0):
         raise TypeError(f"model: need layers with keys of their own, got {name}, which shares them")
     if not getattr(model, "_supports_attention_backend", False):

@@ -18,6 +18,7 @@ from rollfuse.kernels.noise import new_streams
 from rollfuse.kernels.sampling import Sampling, sample_tokens
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.record import Finish, Source
+from rollfuse.rollout.tree_model import tree_cache_for
 
 # Lengths 1 to 9 with two equal ones, the last prompt a repetition: padding, none, and sharing.
 RAGGED = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3, 8, 4], [9]]
@@ -112,6 +113,62 @@ def test_waves_give_the_same_rollout_in_the_same_order(max_batch):
     assert torch.equal(whole.streams, waves.streams)
     assert torch.allclose(whole.logp, waves.logp, rtol=0, atol=1e-5)
     assert max(rows for rows, _ in shapes) <= max_batch
+
+
+def kv_bytes(model, n_pages, page_size):
+    return n_pages * tree_cache_for(model, n_pages=1, page_size=page_size).page_bytes
+
+
+@pytest.mark.parametrize("n_pages", [4, 5, 9, 20, 40])
+def test_with_little_room_texts_wait_or_are_computed_again_and_the_tokens_are_the_same(
+    n_pages, monkeypatch
+):
+    monkeypatch.setenv("ROLLFUSE_CHECK", "1")
+    model = tiny_qwen3()
+    roomy = Engine(model, max_new_tokens=7, stop_tokens=[5], page_size=4)
+    whole = roomy.generate(RAGGED, 6, Sampling(0.7), seed=4)
+    limit = kv_bytes(model, n_pages, 4)
+    engine = Engine(model, max_new_tokens=7, stop_tokens=[5], page_size=4, kv_bytes=limit)
+    tight = engine.generate(RAGGED, 6, Sampling(0.7), seed=4)
+    for name in ("tokens", "cu_seqlens", "finish", "streams", "prompt_index"):
+        assert torch.equal(getattr(whole, name), getattr(tight, name))
+    assert torch.allclose(whole.logp, tight.logp, rtol=0, atol=1e-5)
+    assert roomy.totals.dropped == 0
+    assert (engine.totals.dropped > 0) == (n_pages < 40)
+    assert engine.totals.passes > roomy.totals.passes or n_pages == 40
+
+
+def test_a_pool_too_small_for_one_prompt_is_refused():
+    model = tiny_qwen3()
+    limit = kv_bytes(model, 3, 4)
+    engine = Engine(model, max_new_tokens=7, page_size=4, kv_bytes=limit)
+    with pytest.raises(
+        ValueError, match=r"kv_bytes: need at least \d+, for the longest prompt and"
+    ):
+        engine.generate(RAGGED, 1, seed=0)
+
+
+def test_finished_sequences_make_room_for_waiting_prompts():
+    """Continuous batching: two groups at a time, the next one joins as members finish."""
+    model, stop = tiny_qwen3(), range(0, VOCABULARY, 4)
+    prompts = [[i, i + 1] for i in range(14)]
+    shapes = forward_rows(model)
+    engine = Engine(model, max_new_tokens=12, stop_tokens=stop, max_batch=6)
+    made = engine.generate(prompts, 3, seed=4)
+    waves = int(made.lengths.view(7, 6).amax(1).sum())
+    assert len(shapes) < 0.9 * waves
+    assert max(rows for _, rows in shapes) <= 6 + 2
+
+
+def test_keys_that_groups_share_are_read_once():
+    model = tiny_qwen3()
+    engine = Engine(model, max_new_tokens=4)
+    engine.generate([list(range(40))], 16, seed=0)
+    totals = engine.totals
+    assert totals.passes == 4
+    # The prompt once, then each response by itself: nobody agrees for long at this temperature.
+    assert totals.kv_read < 40 + 3 * 40 + 16 * (1 + 2 + 3) + 1
+    assert totals.kv_apart > 16 * 3 * 40
 
 
 def test_the_same_call_gives_the_same_bits():
