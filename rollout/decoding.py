@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from rollfuse.rollout.token_tree import OutOfPages
-from rollfuse.rollout.tree_cache import Branch
+from rollfuse.rollout.branch import Branch
+from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_model import TreeModel
 
 Ints = npt.NDArray[np.int64]
@@ -157,7 +157,7 @@ class Decoding:
         # A new response starts on a page of its own, an old one goes on in its last page.
         responses = int((-(-left // tree.page_size)).sum()) + len(text.sequences)
         prompt = -(-len(text.tokens) // tree.page_size)
-        return responses + prompt <= tree.n_free
+        return responses + prompt <= tree.pool.n_free
 
 
 def _forked(branches: Sequence[Branch], parent: Ints) -> list[Branch]:

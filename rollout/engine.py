@@ -66,7 +66,7 @@ class Engine:
         ValueError: a limit is below 1, a stop token is out of range or a stop string is empty.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the signature is the published API)
         self,
         model: PreTrainedModel,
         *,
@@ -196,7 +196,9 @@ class Engine:
         if model.cache.has_self_checks:
             model.cache.check()
         tree = model.cache.tree
-        assert tree.n_free == tree.n_pages, "pages of texts that have ended are still held"
+        assert tree.pool.n_free == tree.pool.n_pages, (
+            "pages of texts that have ended are still held"
+        )
 
     def _waiting(self, texts: list[Tensor], n: int) -> deque[Text]:
         """The prompts and their sequences; equal ones as one text where the batch can take it."""

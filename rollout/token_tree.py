@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -20,59 +19,11 @@ import numpy.typing as npt
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.tree_plan import Changes
+from rollfuse.rollout.node import Node, path
+from rollfuse.rollout.pages import OutOfPages, PagePool
 
 Ints = npt.NDArray[np.int64]
 Tokens = Sequence[int] | Ints
-
-
-class OutOfPages(RuntimeError):
-    """There are fewer free pages than an operation needs; it has changed nothing."""
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A span of tokens. What changes with every token is in the tree's columns, at `number`."""
-
-    number: int
-    parent: Node | None
-    start: int  # position of its first token
-    version: int  # of the policy that writes it
-    offset: int = 0  # slot of its first token in its first page
-    pages: list[int] = field(default_factory=list)
-    children: dict[int, Node] = field(default_factory=dict)  # by number
-    handles: int = 0
-    pins: int = 0
-    is_retained: bool = False
-    last_use: int = 0
-
-    @property
-    def is_held(self) -> bool:
-        return bool(self.children or self.handles or self.pins or self.is_retained)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nobody but one handle sees its end."""
-        return self.handles == 1 and not (self.children or self.pins or self.is_retained)
-
-
-def path(node: Node) -> list[Node]:
-    """The nodes from the root to `node`."""
-    found = [node]
-    while found[-1].parent is not None:
-        found.append(found[-1].parent)
-    return found[::-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What a tree holds: `n_tokens` once each, `n_text_tokens` as often as a branch has them."""
-
-    n_nodes: int
-    n_tokens: int
-    n_text_tokens: int
-    n_pages_used: int
-    n_pages_free: int
-    n_pages_evictable: int  # among those used, held by retained texts alone
 
 
 class TokenTree:
@@ -87,16 +38,14 @@ class TokenTree:
     """
 
     def __init__(self, n_pages: int, page_size: int = 16) -> None:
-        checks.need(n_pages >= 1, "n_pages", "a count >= 1", n_pages)
         checks.need(page_size >= 1, "page_size", "a count >= 1", page_size)
-        self.n_pages, self.page_size = n_pages, page_size
+        self.pool = PagePool(n_pages)
+        self.page_size = page_size
         self.token = np.zeros(n_pages * page_size, dtype=np.int64)  # by slot
         self.roots: dict[int, Node] = {}
         self.changes = Changes()  # of where tokens lie
         self.shape = Changes()  # of which nodes there are, and of a node that gets shorter
         self._version = 0
-        self._references = np.zeros(n_pages, dtype=np.int32)
-        self._free = list(range(n_pages - 1, -1, -1))
         self._retained: list[tuple[int, int, int, Node]] = []  # a heap, some entries outdated
         self._clock = 0
         # Columns, by the number of a node.
@@ -105,7 +54,7 @@ class TokenTree:
         self._first = np.zeros(16, dtype=np.int64)  # token
         self._offset = np.zeros(16, dtype=np.int64)
         self._last_page = np.zeros(16, dtype=np.int64)
-        self._numbers: list[int] = list(range(15, -1, -1))
+        self.free_numbers: list[int] = list(range(15, -1, -1))
 
     # -- nodes and texts ----------------------------------------------------------------------
 
@@ -130,7 +79,7 @@ class TokenTree:
         first_page = counts.cumsum() - counts
         shift = offset - (length.cumsum() - length)
         place = np.arange(int(length.sum())) + np.repeat(shift, length)
-        page = pages[np.repeat(first_page, length) + place // self.page_size]
+        page: Ints = pages[np.repeat(first_page, length) + place // self.page_size]
         return page * self.page_size + place % self.page_size
 
     def last_slots(self, numbers: Ints) -> Ints:
@@ -241,7 +190,7 @@ class TokenTree:
             self.length[node.number] = length
             self.computed[node.number] = min(length, int(self.computed[node.number]))
             kept = -(-(node.offset + length) // self.page_size) if length else 0
-            self._give_back(node.pages[kept:])
+            self.pool.give_back(node.pages[kept:])
             del node.pages[kept:]
             self._set_last_page(node)
             self._reshaped()
@@ -256,31 +205,26 @@ class TokenTree:
     def release(self, node: Node | None) -> None:
         """Free `node`, and above it what it alone has held, unless something holds it."""
         while node is not None and not node.is_held:
-            del self._siblings(node)[node.number]
-            self._give_back(node.pages)
-            self._numbers.append(node.number)
+            del self.siblings(node)[node.number]
+            self.pool.give_back(node.pages)
+            self.free_numbers.append(node.number)
             self.length[node.number] = self.computed[node.number] = 0
             self._reshaped()
             node.number, node = -1, node.parent
 
     # -- pages --------------------------------------------------------------------------------
 
-    @property
-    def n_free(self) -> int:
-        """Pages that nobody uses."""
-        return len(self._free)
-
     def make_room(self, n_pages: int) -> None:
         """Evict retained texts, the least recently used of the oldest version first, until
         `n_pages` are free; raises OutOfPages, before it evicts any, if that cannot be had."""
-        if n_pages > self.n_free:
+        if n_pages > self.pool.n_free:
             n_evictable = self.n_evictable()
-            if n_pages > self.n_free + n_evictable:
+            if n_pages > self.pool.n_free + n_evictable:
                 raise OutOfPages(
-                    f"pages: need {n_pages} free ones of {self.n_pages}, got {self.n_free} and "
-                    f"{n_evictable} of retained texts"
+                    f"pages: need {n_pages} free ones of {self.pool.n_pages}, got "
+                    f"{self.pool.n_free} and {n_evictable} of retained texts"
                 )
-        while n_pages > self.n_free:
+        while n_pages > self.pool.n_free:
             evicted = self.evict_one()
             assert evicted, "pages of retained texts were counted, and there is no such text"
 
@@ -310,75 +254,26 @@ class TokenTree:
                     needed.update(held.pages)
         return len(used - needed)
 
-    def statistics(self) -> Statistics:
-        """What is held now."""
-        nodes = list(self.nodes())
-        return Statistics(
-            n_nodes=len(nodes),
-            n_tokens=sum(int(self.length[node.number]) for node in nodes),
-            n_text_tokens=sum(self.end(node) * node.handles for node in nodes),
-            n_pages_used=self.n_pages - self.n_free,
-            n_pages_free=self.n_free,
-            n_pages_evictable=self.n_evictable(),
-        )
-
-    def check(self) -> None:
-        """Raise RuntimeError naming the first inconsistency of nodes and pages."""
-        references = np.zeros_like(self._references)
-        owner = np.full(len(self.token), -1, dtype=np.int64)
-        numbers: set[int] = set()
-        for node in self.nodes():
-            self._check_node(node)
-            _need(node.number not in numbers, "a number of its own", node)
-            numbers.add(node.number)
-            slots = self.slots(node)
-            _need(bool((owner[slots] < 0).all()), "slots of its own", node)
-            owner[slots] = node.number
-            np.add.at(references, node.pages, 1)
-        wrong = np.flatnonzero(references != self._references)
-        if len(wrong):
-            page = int(wrong[0])
-            raise RuntimeError(
-                f"page {page}: need {references[page]} references, got {self._references[page]}"
-            )
-        if sorted(self._free) != np.flatnonzero(references == 0).tolist():
-            raise RuntimeError("free pages: need those without references, got others")
-        if numbers & set(self._numbers) or len(numbers) + len(self._numbers) != len(self.length):
-            raise RuntimeError("numbers: need each one free or a node's, got another state")
-
-    def _check_node(self, node: Node) -> None:
-        length, computed = int(self.length[node.number]), int(self.computed[node.number])
-        _need(node.is_held, "a node that something holds", node)
-        _need(0 <= computed <= length, "0 <= computed <= length", node)
-        above = 0 if node.parent is None else self.end(node.parent)
-        _need(node.start == above, f"a start at {above}", node)
-        wanted = -(-(node.offset + length) // self.page_size) if length else 0
-        _need(len(node.pages) == wanted, f"{wanted} pages", node)
-        _need(self._siblings(node).get(node.number) is node, "a place below its parent", node)
-        if node.parent is not None and computed:
-            whole = self.computed[node.parent.number] == self.length[node.parent.number]
-            _need(bool(whole), "a parent computed before", node)
-
     def _reshaped(self) -> None:
         self.shape.count += 1
         self.changes.count += 1
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _siblings(self, node: Node) -> dict[int, Node]:
+    def siblings(self, node: Node) -> dict[int, Node]:
         return self.roots if node.parent is None else node.parent.children
 
     def _new_node(self, parent: Node | None, handles: int) -> Node:
-        if not self._numbers:
+        if not self.free_numbers:
             n = len(self.length)
             for name in ("length", "computed", "_first", "_offset", "_last_page"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
-            self._numbers = list(range(2 * n - 1, n - 1, -1))
+            self.free_numbers = list(range(2 * n - 1, n - 1, -1))
         start = 0 if parent is None else self.end(parent)
-        node = Node(self._numbers.pop(), parent, start, self._version, handles=handles)
+        node = Node(self.free_numbers.pop(), parent, start, self._version, handles=handles)
         self._offset[node.number] = 0
-        self._siblings(node)[node.number] = node
+        self.siblings(node)[node.number] = node
         self._reshaped()
         return node
 
@@ -388,7 +283,7 @@ class TokenTree:
         upper = self._new_node(node.parent, 0)
         upper.version, upper.offset, upper.children = node.version, node.offset, {node.number: node}
         upper.pages = node.pages[: -(-border // self.page_size)]
-        del self._siblings(node)[node.number]
+        del self.siblings(node)[node.number]
         computed = int(self.computed[node.number])
         self.length[upper.number], self.computed[upper.number] = n, min(n, computed)
         node.parent, node.start = upper, node.start + n
@@ -397,7 +292,7 @@ class TokenTree:
         node.pages = node.pages[border // self.page_size :]
         node.offset = border % self.page_size
         if node.offset:
-            self._references[node.pages[0]] += 1
+            self.pool.share(node.pages[0])
         for half in (upper, node):
             self._offset[half.number] = half.offset
             first = half.pages[0] * self.page_size + half.offset
@@ -421,7 +316,7 @@ class TokenTree:
         if not node.pages:
             node.offset = self._offset[node.number] = 0
         wanted = -(-(node.offset + first + len(tokens)) // self.page_size)
-        node.pages.extend(self._take(wanted - len(node.pages)))
+        node.pages.extend(self.pool.take(wanted - len(node.pages)))
         self._set_last_page(node)
         self.length[node.number] = first + len(tokens)
         self.token[self._slots(node, first, first + len(tokens))] = tokens
@@ -437,7 +332,7 @@ class TokenTree:
         where = np.flatnonzero(starts)
         self.make_room(len(where))
         ends = list(nodes)
-        for i, page in zip(where.tolist(), self._take(len(where)), strict=True):
+        for i, page in zip(where.tolist(), self.pool.take(len(where)), strict=True):
             if not grows[i]:
                 # A node that all but one of its branches have left since is open by now; a child
                 # all the same, as room was made for it.
@@ -464,17 +359,6 @@ class TokenTree:
     def _set_last_page(self, node: Node) -> None:
         self._last_page[node.number] = node.pages[-1] if node.pages else -1
 
-    def _take(self, n: int) -> list[int]:
-        pages = [self._free.pop() for _ in range(n)]
-        self._references[pages] = 1
-        return pages
-
-    def _give_back(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._free.append(page)
-
     def _beginning_with(self, nodes: dict[int, Node], token: Ints) -> list[Node]:
         """Those whose first token is the one in `token`, if it holds one; and empty ones."""
         numbers = np.fromiter(nodes, dtype=np.int64, count=len(nodes))
@@ -488,8 +372,3 @@ class TokenTree:
             return 0
         differs = self.token[self._slots(node, 0, len(tokens))] != tokens
         return int(differs.argmax()) if differs.any() else len(tokens)
-
-
-def _need(good: bool, needed: str, node: Node) -> None:
-    if not good:
-        raise RuntimeError(f"tree: need {needed}, got another state of the node at {node.start}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.tree_attention import tree_decode_attention
+from rollfuse.rollout.branch import Branch
 from rollfuse.rollout.causal_lm import (
     embedding_weight,
     evaluating,
@@ -28,7 +29,8 @@ from rollfuse.rollout.causal_lm import (
     need_causal_lm,
     new_cache,
 )
-from rollfuse.rollout.tree_cache import Branch, TreeCache, TreeStep
+from rollfuse.rollout.tree_cache import TreeCache
+from rollfuse.rollout.tree_step import TreeStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -156,7 +158,7 @@ class _Pass:
     layers: list[int] = field(default_factory=list)  # served so far
 
 
-def _attend(
+def _attend(  # noqa: PLR0913  (the signature is transformers')
     module: nn.Module,
     query: Tensor,
     key: Tensor,

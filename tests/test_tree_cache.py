@@ -10,8 +10,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rollfuse.kernels.noise import need_distinct_streams
-from rollfuse.rollout.token_tree import OutOfPages, path
+from rollfuse.rollout.node import path
+from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_cache import TreeCache
+from rollfuse.rollout.tree_step import new_step
 
 N_PAGES, PAGE = 40, 4
 TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=7)
@@ -180,11 +182,11 @@ class Machine(RuleBasedStateMachine):
             branch.prune()
         cache = self.naive.cache
         cache.check()
-        held = cache.tree.statistics()
+        held = cache.statistics()
         assert held.n_pages_used == held.n_pages_evictable
         while cache.tree.evict_one():
             cache.check()
-        assert cache.tree.n_free == N_PAGES and not list(cache.tree.nodes())
+        assert cache.tree.pool.n_free == N_PAGES and not list(cache.tree.nodes())
 
 
 TestMachine = Machine.TestCase
@@ -227,7 +229,7 @@ def test_100_000_random_operations_leak_nothing():
     while cache.tree.evict_one():
         pass
     cache.check()
-    assert cache.tree.n_free == 300
+    assert cache.tree.pool.n_free == 300
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -237,10 +239,10 @@ def test_a_fork_copies_nothing_and_its_text_is_the_same_memory(page_size, at):
     parent = cache.root(range(32))
     compute(cache, [parent])
     written = [x._version for layer in cache.layers for x in layer]
-    used, slots = cache.tree.statistics().n_pages_used, text_slots(cache, parent)
+    used, slots = cache.statistics().n_pages_used, text_slots(cache, parent)
     children = parent.fork(64, at=at)
     assert [x._version for layer in cache.layers for x in layer] == written
-    assert cache.tree.statistics().n_pages_used == used
+    assert cache.statistics().n_pages_used == used
     assert all(text_slots(cache, child) == slots[:at] for child in children)
     cache.append(children, np.arange(64))
     assert text_slots(cache, parent) == slots
@@ -261,7 +263,7 @@ def test_plans_of_plain_decoding_are_moved_on_and_equal_to_new_ones():
     made = 0
     for i in range(70):
         cache.append(branches, np.full(5, i))
-        made_anew = cache._planned([branch.node for branch in branches])
+        made_anew = new_step(cache.tree, [branch.node for branch in branches], cache._make_plan)
         step = compute(cache, branches)
         made += step.plan.room == 63
         for name in ("items", "positions", "partials", "tails"):
@@ -365,9 +367,9 @@ def test_check_notices_a_broken_tree(broken):
     branch = cache.root(range(6))
     branch.fork(1, at=3)
     if broken == "reference":
-        cache.tree._references[branch.node.pages[0]] -= 1
+        cache.tree.pool._references[branch.node.pages[0]] -= 1
     elif broken == "free":
-        cache.tree._free.append(branch.node.pages[-1])
+        cache.tree.pool._free.append(branch.node.pages[-1])
     else:
         cache.tree.length[branch.node.number] += 4
     with pytest.raises(RuntimeError, match="need"):

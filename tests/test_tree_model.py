@@ -43,7 +43,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rollfuse.rollout.token_tree import OutOfPages
+from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_cache import TreeCache
 from rollfuse.rollout.tree_model import TreeModel, need_tree_model, tree_cache_for
 
@@ -113,7 +113,7 @@ def walk(model, n_steps=20, page_size=4, seed=1, **options):
         cache.append(growing, [[draw.randrange(V) for _ in range(n)] for n in counts])
     for branch in branches:
         branch.prune()
-    assert cache.tree.n_free == cache.tree.n_pages
+    assert cache.tree.pool.n_free == cache.tree.pool.n_pages
 
 
 @pytest.mark.parametrize("name", MODELS)
