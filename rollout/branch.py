@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.noise import fork_streams
+from rollfuse.kernels.noise import fork_streams, new_streams
 from rollfuse.rollout.node import Node, path
 from rollfuse.rollout.token_tree import Ints, TokenTree
 
@@ -15,14 +15,16 @@ class Branch:
     """The handle of one text in a TreeCache. A branch ends by `prune`, not by being forgotten.
 
     Attributes:
-        stream: whose noise samples this text, see `rollfuse.new_streams`. A fork has a fresh one.
+        stream: whose noise samples this text, see `rollfuse.new_streams`. Every fork has a fresh
+            one, and so has every text that was given none.
     """
 
     __slots__ = ("_lineage", "_n_forks", "_node", "_stream", "_tree")
 
     def __init__(self, tree: TokenTree, node: Node, stream: int | None) -> None:
         self._tree, self._node, self._stream = tree, node, stream
-        self._lineage: tuple[Branch, int] | None = None
+        # Where a stream that was not given comes from: the number of a fork of a parent, or of a root.
+        self._lineage: tuple[Branch | None, int] = (None, 0)
         self._n_forks = 0
         node.handles += 1
 
@@ -61,9 +63,11 @@ class Branch:
     @property
     def stream(self) -> int:
         if self._stream is None:
-            assert self._lineage is not None
             parent, number = self._lineage
-            self._stream = int(fork_streams(torch.tensor([parent.stream]), 1, first=number))
+            if parent is None:
+                self._stream = int(new_streams(0, 1, first=number))
+            else:
+                self._stream = int(fork_streams(torch.tensor([parent.stream]), 1, first=number))
         return self._stream
 
     def fork(self, n: int = 1, *, at: int | None = None) -> list[Branch]:

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
+from rollfuse.kernels.noise import need_distinct_streams
 from rollfuse.kernels.tree_attention import KeyValues, write_key_values
 from rollfuse.kernels.tree_plan import TreePlan, plan_of
 from rollfuse.rollout.branch import Branch
+from rollfuse.rollout.node import Node
 from rollfuse.rollout.token_tree import Ints, Tokens, TokenTree
 from rollfuse.rollout.tree_check import Statistics, check_tree, statistics_of
 from rollfuse.rollout.tree_step import TreeStep, new_step, next_step
@@ -91,6 +93,7 @@ class TreeCache:
         self._canary = ints[0].clone() if canary else None
         self._checksum = ints if checksum else None
         self._step: TreeStep | None = None
+        self._n_texts = 0  # begun by `root` and `match`
         on_cpu = self.device.type == "cpu"
         self._make_plan = partial(
             plan_of,
@@ -122,14 +125,14 @@ class TreeCache:
         """Whether `check` looks at contents too."""
         return self._canary is not None or self._checksum is not None
 
-    def root(self, tokens: Tokens = (), *, stream: int = 0) -> Branch:
+    def root(self, tokens: Tokens = (), *, stream: int | None = None) -> Branch:
         """A branch of a new text.
 
         Raises:
             OutOfPages: it has no room.
         """
         ids = _ids(tokens, "tokens")
-        branch = Branch(self.tree, self.tree.new_root(), stream)
+        branch = self._branch(self.tree.new_root(), stream)
         if len(ids):
             try:
                 self.append([branch], [ids])
@@ -139,7 +142,7 @@ class TreeCache:
         return branch
 
     def match(
-        self, tokens: Tokens, *, version: int | None = None, stream: int = 0
+        self, tokens: Tokens, *, version: int | None = None, stream: int | None = None
     ) -> Branch | None:
         """A new branch with the longest known beginning of `tokens`; None if nothing is known.
 
@@ -151,7 +154,17 @@ class TreeCache:
         node, length = self.tree.match(_ids(tokens, "tokens"), wanted)
         if node is None:
             return None
-        return Branch(self.tree, self.tree.node_at(node, length), stream)
+        return self._branch(self.tree.node_at(node, length), stream)
+
+    def streams(self, branches: Sequence[Branch]) -> Tensor:
+        """(B,) int64 on the device, the branches' streams, for `sample_tokens`.
+
+        Raises:
+            ValueError: two branches have one stream: they would be the same sample.
+        """
+        streams = torch.tensor([branch.stream for branch in branches], dtype=torch.int64)
+        need_distinct_streams(streams)
+        return streams.to(self.device, non_blocking=True)
 
     def append(self, branches: Sequence[Branch], tokens: Sequence[Tokens] | Ints) -> None:
         """Append tokens[i] to branches[i]; a forward pass is to compute them.
@@ -245,6 +258,12 @@ class TreeCache:
                 _need_all(good, where, f"the keys and values written in layer {layer}")
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _branch(self, node: Node, stream: int | None) -> Branch:
+        branch = Branch(self.tree, node, stream)
+        branch._lineage = (None, self._n_texts)
+        self._n_texts += 1
+        return branch
 
     def _words(self, ids: Ints, positions: Ints, versions: Ints | int) -> Tensor:
         """(n,) int64 on the device: the canary of these tokens."""

@@ -339,6 +339,11 @@ def test_a_fork_has_noise_of_its_own():
     grand = [g for child in first for g in child.fork(2)]
     streams = [branch.stream for branch in (root, *first, *second, *grand)]
     need_distinct_streams(torch.tensor(streams))
+    roots = [cache.root([2]), cache.root([2]), cache.match([2, 2])]
+    streams += cache.streams(roots).tolist()
+    need_distinct_streams(torch.tensor(streams))
+    with pytest.raises(ValueError, match="a stream of its own for every member"):
+        cache.streams([root, cache.root([1], stream=5)])
     again = small_cache().root([1], stream=5).fork(3)
     assert [branch.stream for branch in again] == streams[1:4]
 
