@@ -23,7 +23,7 @@ class Branch:
 
     def __init__(self, tree: TokenTree, node: Node, stream: int | None) -> None:
         self._tree, self._node, self._stream = tree, node, stream
-        # Where a stream that was not given comes from: the number of a fork of a parent, or of a root.
+        # Where a stream that was not given comes from: the number of a parent's fork or of a root.
         self._lineage: tuple[Branch | None, int] = (None, 0)
         self._n_forks = 0
         node.handles += 1

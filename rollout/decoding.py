@@ -120,44 +120,43 @@ class Decoding:
 
     def _admit(self) -> None:
         """Start waiting texts while batch and pool have room; one at least if none is decoded."""
-        cache, todo = self.model.cache, 0
+        cache, new, todo = self.model.cache, [], 0
+        n_sequences, n_pages = len(self.sequence), self._pages(self.made)
         while self.waiting and (todo < _PREFILL or not self.branches):
             text = self.waiting[0]
-            if self.branches and not self._has_room(text):
-                return
+            n_sequences += len(text.sequences)
+            prompt = -(-len(text.tokens) // cache.tree.page_size)
+            n_pages += (self._pages(np.array([text.made])) + 1) * len(text.sequences)
+            is_full = self.max_batch is not None and n_sequences > self.max_batch
+            if self.branches and (is_full or n_pages + prompt > cache.tree.pool.n_free):
+                break
             branch = cache.match(text.tokens) or cache.root()
             rest = text.tokens[len(branch) :]
-            todo += len(rest)
             try:
                 if len(rest):
                     cache.append([branch], [rest])
             except OutOfPages:
                 branch.prune()
                 assert self.branches, "the pool was measured for the longest single text"
-                return
-            self.waiting.popleft()
-            n = len(text.sequences)
-            self.row = np.append(self.row, np.full(n, len(self.branches)))
-            self.sequence = np.append(self.sequence, text.sequences)
-            self.made = np.append(self.made, np.full(n, text.made))
+                break
+            todo += len(rest)
             self.branches.append(branch)
+            new.append(self.waiting.popleft())
+        if new:
+            counts = [len(text.sequences) for text in new]
+            rows = np.arange(len(self.branches) - len(new), len(self.branches))
+            self.row = np.concatenate([self.row, rows.repeat(counts)])
+            self.sequence = np.concatenate([self.sequence, *(text.sequences for text in new)])
+            made = np.array([text.made for text in new])
+            self.made = np.concatenate([self.made, made.repeat(counts)])
 
-    def _has_room(self, text: Text) -> bool:
-        """Whether the batch takes its sequences, and the pool what all are expected to become."""
-        n_sequences = len(self.sequence) + len(text.sequences)
-        if self.max_batch is not None and n_sequences > self.max_batch:
-            return False
-        tree = self.model.cache.tree
+    def _pages(self, made: Ints) -> int:
+        """What responses with so many tokens are expected to take yet, in pages of their own."""
         # The mean of what has ended so far; before anything has, the longest there can be.
         n, tokens = self._finished
         expected = min(self.longest, -(-tokens // n)) if n else self.longest
-        left = np.maximum(
-            expected - np.append(self.made, np.full(len(text.sequences), text.made)), 1
-        )
-        # A new response starts on a page of its own, an old one goes on in its last page.
-        responses = int((-(-left // tree.page_size)).sum()) + len(text.sequences)
-        prompt = -(-len(text.tokens) // tree.page_size)
-        return responses + prompt <= tree.pool.n_free
+        left = np.maximum(expected - made, 1)
+        return int((-(-left // self.model.cache.tree.page_size)).sum())
 
 
 def _forked(branches: Sequence[Branch], parent: Ints) -> list[Branch]:
