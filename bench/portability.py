@@ -87,6 +87,7 @@ def plan(modules: list[str] | None, *, everything: bool) -> list[Task]:
                 tasks += [
                     Task(module, number, case.name, target.name, pointers)
                     for target in TARGETS
+                    if case.backend in (None, target.backend)
                     for pointers in _pointers(target, everything)
                 ]
     return tasks

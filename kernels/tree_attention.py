@@ -10,7 +10,7 @@ block, M rows and L keys of each, padded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from rollfuse.kernels.tree_plan import Ints, Item, TreePlan
 
 if backend.name != "cpu":
     from rollfuse.kernels._triton.tree_attention import attend as attend_triton
-    from rollfuse.kernels._triton.tree_attention import write as write_triton
+    from rollfuse.kernels._triton.tree_write import write as write_triton
 
 # A block of items is padded to at most this much of what its items hold, or to few elements.
 _PADDING = 1.25
@@ -90,9 +90,11 @@ def tree_decode_attention(
     checks.need(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if use_triton(q) and q.dtype != torch.float64:
-            return attend_triton(
-                q, *layer, plan, scale=options.scale, window=window, softcap=softcap, sinks=sinks
-            )
+            # The kernels walk a vector of a head by steps of one.
+            q = q if q.stride(2) == 1 else q.contiguous()
+            sinks = None if sinks is None else sinks.float().contiguous()
+            result: Tensor = attend_triton(q, *layer, plan, sinks=sinks, **options._asdict())
+            return result
         return attend_torch(q, layer, plan, options, sinks)
 
 
@@ -114,6 +116,7 @@ def write_key_values(layer: KeyValues, keys: Tensor, values: Tensor, slots: Tens
             raise TypeError(f"{name}: need the cache's dtype {old.dtype}, got {new.dtype}")
     with torch.no_grad():
         if use_triton(keys) and keys.dtype != torch.float64:
+            keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
             write_triton(keys, values, *layer, slots)
             return
         layer.keys.index_copy_(0, slots, keys)
@@ -132,7 +135,9 @@ class Block:
     query: Ints  # (B, M), positions of the rows
     first: Ints  # (B,), positions of the first keys
     length: Ints  # (B,), keys
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)  # by window
+    window: int | None
+    mask: Tensor | None = None  # made at the first use, for all layers
+    has_mask: bool = False
 
 
 class Part(NamedTuple):
@@ -148,7 +153,7 @@ def attend_torch(
     """`tree_decode_attention` with PyTorch's own operations."""
     if not plan.n_rows:
         return torch.empty_like(q)
-    blocks = _blocks_of(plan, q.device)
+    blocks = _blocks_of(plan, q.device, options.window)
     parts = [_attend_block(q, layer, block, options) for block in blocks]
     if any(block.rows is not None for block in blocks):
         parts = _in_order(parts, blocks, plan)
@@ -172,8 +177,8 @@ def _joined(one: Part, two: Part, *, is_last: bool) -> Part:
 def _in_order(parts: list[Part], blocks: list[Block], plan: TreePlan) -> list[Part]:
     """Parts of all rows: the first one of each row, the second one, ...; nothing where a row has
     fewer."""
-    out = parts[0].out.new_empty(plan.n_partials, *parts[0].out.shape[1:])
-    lse = parts[0].lse.new_empty(plan.n_partials, parts[0].lse.shape[1])
+    out = parts[0].out.new_zeros(plan.n_partials, *parts[0].out.shape[1:])
+    lse = parts[0].lse.new_full((plan.n_partials, parts[0].lse.shape[1]), _NOTHING)
     for part, block in zip(parts, blocks, strict=True):
         valid = block.valid
         kept = part if valid is None else Part(part.out[valid], part.lse[valid])
@@ -202,16 +207,16 @@ def _attend_block(q: Tensor, layer: KeyValues, block: Block, options: Options) -
     group = packed.shape[3]
     packed = packed.transpose(1, 2).reshape(n_items, n_heads, n_queries * group, width)
     keys, values = (_gathered(slab, block) for slab in layer)
-    if options.window not in block.masks:
-        block.masks[options.window] = _mask(block, options.window, packed, group)
-    mask = block.masks[options.window]
+    if not block.has_mask:
+        block.mask, block.has_mask = _mask(block, packed, group), True
+    mask = block.mask
     if options.softcap is None and q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             packed, keys, values, 0.0, False, attn_mask=mask, scale=options.scale
         )
     else:
         out, lse = _plain(packed, keys, values, mask, options)
-    if mask is not None and options.window is not None:
+    if mask is not None and block.window is not None:
         lse = lse.masked_fill((mask == -torch.inf).all(-1), _NOTHING)
     shape = (n_items, n_heads, n_queries, group)
     rows = n_items * n_queries
@@ -229,9 +234,9 @@ def _gathered(slab: Tensor, block: Block) -> Tensor:
     return part.view(n_items, -1, *slab.shape[1:]).transpose(1, 2)
 
 
-def _mask(block: Block, window: int | None, like: Tensor, group: int) -> Tensor | None:
+def _mask(block: Block, like: Tensor, group: int) -> Tensor | None:
     """(B, 1, M * g or 1, L), 0 for keys that count and -inf for others; None if all count."""
-    n_keys = int(block.length.max())
+    n_keys, window = int(block.length.max()), block.window
     key = np.arange(n_keys)
     last = block.first + block.length - 1
     is_causal = bool((block.query < last[:, None]).any())
@@ -274,16 +279,34 @@ def _plain(
     return out, lse
 
 
-def _blocks_of(plan: TreePlan, device: torch.device) -> list[Block]:
-    """The plan's items in blocks, made once for all layers."""
-    if not plan.blocks:
-        plan.blocks.extend(sorted(_blocks(plan, device), key=lambda block: block.first.min()))
-    found: list[Block] = plan.blocks
+def _blocks_of(plan: TreePlan, device: torch.device, window: int | None) -> list[Block]:
+    """The plan's items in blocks, made once for all layers of a window."""
+    if window not in plan.blocks:
+        plan.blocks[window] = sorted(
+            _blocks(plan, device, window), key=lambda block: int(block.first.min())
+        )
+    found: list[Block] = plan.blocks[window]
     return found
 
 
-def _blocks(plan: TreePlan, device: torch.device) -> Iterator[Block]:
+def _inside(plan: TreePlan, window: int | None) -> Ints:
+    """The items without the keys that the windows of all their rows have left behind, and without
+    those that are left with none."""
     items = plan.items.astype(np.int64)
+    if window is None:
+        return items
+    begin = items[:, Item.Q_BEGIN]
+    borders = np.stack([begin, begin + items[:, Item.Q_COUNT]], 1).reshape(-1)
+    # reduceat takes the minimum from each border to the next: every other one is an item's.
+    first_row = np.minimum.reduceat(np.append(plan.positions, 0), borders)[::2]
+    behind = np.maximum(first_row - window + 1 - items[:, Item.KV_BEGIN], 0)
+    items[:, (Item.SLOT_BEGIN, Item.KV_BEGIN)] += behind[:, None]
+    items[:, Item.KV_LEN] -= behind
+    return items[items[:, Item.KV_LEN] > 0]
+
+
+def _blocks(plan: TreePlan, device: torch.device, window: int | None) -> Iterator[Block]:
+    items = _inside(plan, window)
     count, length = items[:, Item.Q_COUNT], items[:, Item.KV_LEN]
     for part in _alike(count, length):
         chosen = items[part]
@@ -306,6 +329,7 @@ def _blocks(plan: TreePlan, device: torch.device) -> Iterator[Block]:
             query=plan.positions[rows],
             first=chosen[:, Item.KV_BEGIN],
             length=chosen[:, Item.KV_LEN],
+            window=window,
         )
 
 
@@ -333,6 +357,8 @@ def _check(q: Tensor, layer: KeyValues, plan: TreePlan, sinks: Tensor | None) ->
     good = len(shape) == 3 and tuple(layer.values.shape) == shape
     both = (shape, tuple(layer.values.shape))
     checks.need(good, "layer", "keys and values of shape (n_slots, H, D)", both)
+    good = layer.keys.is_contiguous() and layer.values.is_contiguous()
+    checks.need(good, "layer", "contiguous keys and values", "others")
     checks.need(q.dim() == 3, "q", "shape (N, Hq, D)", tuple(q.shape))
     n_rows, n_heads, width = q.shape
     checks.need(width == shape[2], "q", f"the keys' width D = {shape[2]}", width)

@@ -82,7 +82,7 @@ class TreePlan:
         room: by how many tokens every tail can grow before a new plan is needed.
         changes: of the tree it was made of.
         made_at: their count then.
-        blocks: what the PyTorch path makes of it.
+        blocks: what the PyTorch path makes of it, by window.
     """
 
     items: Ints32
@@ -93,7 +93,7 @@ class TreePlan:
     room: int = 0
     changes: Changes = field(default_factory=Changes)
     made_at: int = 0
-    blocks: list[Any] = field(default_factory=list, repr=False)
+    blocks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     _on: dict[torch.device, PlanTensors] = field(default_factory=dict, repr=False)
 
     @property
@@ -137,7 +137,7 @@ class TreePlan:
         items[self.tails, Item.KV_LEN] += 1
         self.slots[end] = slots
         plan = replace(
-            self, items=items, positions=self.positions + 1, room=self.room - 1, blocks=[], _on={}
+            self, items=items, positions=self.positions + 1, room=self.room - 1, blocks={}, _on={}
         )
         plan.made_at = self.changes.count
         for device, old in self._on.items():

@@ -26,6 +26,8 @@ COMPARISONS = {
     "gradient": "test_gradient.py",
     "sampling": "test_sampling.py",
     "statistics": "test_statistics.py",
+    "tree_attention": "test_tree_attention.py",
+    "tree_write": "test_tree_attention.py",
 }
 SPOIL = """
 

@@ -25,6 +25,7 @@ class CompileCase(NamedTuple):
 
     `signature` types the run-time arguments in Triton's notation ("*fp32", "i32"); every other
     parameter of the kernel stands in `constexprs`. `covering` puts the case into the default check.
+    `backend` names the only one that launches it so, if there is one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CompileCase(NamedTuple):
     num_warps: int
     num_stages: int
     covering: bool = True
+    backend: Literal["cuda", "hip"] | None = None
 
 
 class Target(NamedTuple):
