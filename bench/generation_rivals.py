@@ -1,10 +1,12 @@
 """Who generates in `bench tree engine`: ours, transformers two ways, and what TRL does.
 
 All sample from the bare softmax, without an end token, so that every response is of full length.
+Every call has a prompt of its own: nobody finds the last one's keys.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import tempfile
@@ -29,6 +31,7 @@ _PAGE = 256  # tokens of a page there, its default
 class Generated(NamedTuple):
     """What one call made."""
 
+    prompt: list[int]
     responses: list[list[int]]
     kv_bytes: int  # that keys and values take at most
 
@@ -38,10 +41,11 @@ class Setting:
     """One model and one group."""
 
     model: Any
-    prompt: list[int]
-    n: int
-    response: int
+    prompt: int  # tokens
+    n: int  # responses
+    response: int  # tokens of each
     seed: int = 0
+    copies: list[Any] = field(default_factory=list)  # of the model, for who changes it
     managers: list[Any] = field(default_factory=list)  # that run, to be stopped at the end
 
     @property
@@ -51,15 +55,12 @@ class Setting:
         size = config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
         return 2 * int(config.num_hidden_layers) * int(size)
 
-    def next_seed(self) -> int:
+    def next_prompt(self) -> list[int]:
+        """Another one each time, made of the next seed."""
         self.seed += 1
-        return self.seed
-
-    @property
-    def batch(self) -> dict[str, Tensor]:
-        """The prompt once a sequence, as `generate` takes it."""
-        ids = torch.tensor([self.prompt] * self.n, device=self.model.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        generator = torch.Generator().manual_seed(self.seed)
+        vocabulary = self.model.config.vocab_size
+        return torch.randint(vocabulary, (self.prompt,), generator=generator).tolist()
 
 
 Steps = Mapping[str, Callable[[], Generated]]
@@ -91,9 +92,10 @@ def engine_steps(setting: Setting) -> Steps:
     engine = _Engine(setting.model, max_new_tokens=setting.response, stop_tokens=[])
 
     def step() -> Generated:
-        made = engine.generate([setting.prompt], setting.n, seed=setting.next_seed())
+        prompt = setting.next_prompt()
+        made = engine.generate([prompt], setting.n, seed=setting.seed)
         responses = [made.response(b).tolist() for b in range(len(made))]
-        return Generated(responses, engine.pool_bytes)
+        return Generated(prompt, responses, engine.pool_bytes)
 
     return {"": step}
 
@@ -149,49 +151,54 @@ def _plain_sampling(setting: Setting) -> dict[str, Any]:
 
 @torch.no_grad()
 def _generate(setting: Setting, config: Any) -> Generated:
-    torch.manual_seed(setting.next_seed())
-    made = setting.model.generate(**setting.batch, generation_config=config)
-    responses = made[:, len(setting.prompt) :].tolist()
+    prompt = setting.next_prompt()
+    torch.manual_seed(setting.seed)
+    ids = torch.tensor([prompt] * setting.n, device=setting.model.device)
+    mask = torch.ones_like(ids)
+    made = setting.model.generate(ids, attention_mask=mask, generation_config=config)
+    responses = made[:, setting.prompt :].tolist()
     # The last token's keys and values are never made, but a cache of fixed size has room for them.
     is_static = config.cache_implementation == "static"
-    length = len(setting.prompt) + setting.response - (0 if is_static else 1)
-    return Generated(responses, setting.n * length * setting.token_bytes)
+    length = setting.prompt + setting.response - (0 if is_static else 1)
+    return Generated(prompt, responses, setting.n * length * setting.token_bytes)
 
 
 def continuous_steps(setting: Setting) -> Steps:
     """transformers' continuous batching: managers that run already; requests are timed to the end.
 
     A group is one request of n sequences, or n requests, of which all but the first can find the
-    prompt's pages. The pool has the pages of n whole texts and one more each.
+    prompt's pages. The pool has the pages of n whole texts and one more each. They have a copy of
+    the model: a manager may change how it attends.
     """
     transformers = importlib.import_module("transformers")
     classes = importlib.import_module("transformers.generation.configuration_utils")
-    n, length = setting.n, len(setting.prompt) + setting.response
+    n, length = setting.n, setting.prompt + setting.response
+    model = copy.deepcopy(setting.model)
+    setting.copies.append(model)
     pool = {"num_blocks": n * (-(-length // _PAGE) + 1), "seed": 0}
     steps: dict[str, Callable[[], Generated]] = {}
     for name, prompts, sequences in (("one request", 1, n), ("a request a sequence", n, 1)):
         options = {**_plain_sampling(setting), "eos_token_id": _NO_TOKEN}
         config = transformers.GenerationConfig(**options, num_return_sequences=sequences)
-        requests = [setting.prompt] * prompts
-        start = partial(_started, setting, config, classes.ContinuousBatchingConfig(**pool))
-        steps[name] = _Requests(setting, start, requests)
+        batching = classes.ContinuousBatchingConfig(**pool)
+        start = partial(_started, setting, model, config, batching)
+        steps[name] = _Requests(setting, start, prompts)
     return steps
 
 
 class _Requests:
     """Sends requests to a manager, which the first call starts and a warm-up follows."""
 
-    def __init__(
-        self, setting: Setting, start: Callable[[], Any], requests: list[list[int]]
-    ) -> None:
-        self._setting, self._start, self._requests = setting, start, requests
+    def __init__(self, setting: Setting, start: Callable[[], Any], n_requests: int) -> None:
+        self._setting, self._start, self._n_requests = setting, start, n_requests
         self._manager: Any = None
 
     def __call__(self) -> Generated:
         if self._manager is None:
             self._manager = self._start()
         setting, manager = self._setting, self._manager
-        manager.add_requests(self._requests, max_new_tokens=setting.response)
+        prompt = setting.next_prompt()
+        manager.add_requests([prompt] * self._n_requests, max_new_tokens=setting.response)
         responses: list[list[int]] = []
         while len(responses) < setting.n:
             result = manager.get_result(timeout=1)
@@ -202,11 +209,11 @@ class _Requests:
                 raise RuntimeError(str(result.error))
             elif result.is_finished():
                 responses.append(list(result.generated_tokens))
-        return Generated(responses, int(manager.batch_processor.cache.cache_tensor.nbytes))
+        return Generated(prompt, responses, int(manager.batch_processor.cache.cache_tensor.nbytes))
 
 
-def _started(setting: Setting, generation: Any, batching: Any) -> Any:
-    manager = setting.model.init_continuous_batching(
+def _started(setting: Setting, model: Any, generation: Any, batching: Any) -> Any:
+    manager = model.init_continuous_batching(
         generation_config=generation, continuous_batching_config=batching
     )
     manager.warmup()
@@ -232,16 +239,18 @@ class Passes:
 
 
 @contextmanager
-def counting(model: Any) -> Iterator[Passes]:
-    """Count what goes through the model's embedding inside."""
+def counting(*models: Any) -> Iterator[Passes]:
+    """Count what goes through the models' embeddings inside."""
     found = Passes()
 
     def count(module: Any, arguments: tuple[Any, ...]) -> None:
         found.passes += 1
         found.pushed += arguments[0].numel()
 
-    hook = model.get_input_embeddings().register_forward_pre_hook(count)
+    embeddings = [model.get_input_embeddings() for model in models]
+    hooks = [embedding.register_forward_pre_hook(count) for embedding in embeddings]
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -1,6 +1,6 @@
 """Tokens per second of a group: our engine, transformers' `generate` and continuous batching, TRL.
 
-One random Qwen3, one prompt, G responses without an end token, so that all are of full length.
+One random Qwen3, a prompt, G responses without an end token, so that all are of full length.
 Every provider must make G times that many tokens, in texts that differ, and draw them from the
 model's own distribution: the sum of log-probs and entropies under a plain forward must be zero but
 for chance.
@@ -44,7 +44,7 @@ class Case:
 
 
 def make_setting(case: Case, device: torch.device, *, seed: int = 0) -> Setting:
-    """A random model with tied embeddings, and a random prompt."""
+    """A random model with tied embeddings, and the sizes of a group."""
     transformers = importlib.import_module("transformers")
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
     config = transformers.Qwen3Config(
@@ -64,9 +64,8 @@ def make_setting(case: Case, device: torch.device, *, seed: int = 0) -> Setting:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config)
-        prompt = torch.randint(case.vocabulary, (case.prompt,)).tolist()
     model = model.to(device, getattr(torch, case.dtype)).eval()
-    return Setting(model, prompt, case.branches, case.response)
+    return Setting(model, case.prompt, case.branches, case.response)
 
 
 def accept(setting: Setting, made: Generated) -> dict[str, Any]:
@@ -76,19 +75,19 @@ def accept(setting: Setting, made: Generated) -> dict[str, Any]:
         raise Wrong(f"need {setting.n} x {setting.response} tokens, got {sorted(lengths)}")
     if len({tuple(response) for response in made.responses}) != setting.n:
         raise Wrong(f"need {setting.n} different responses, got equal ones")
-    score = _standard_score(setting, made.responses)
+    score = _standard_score(setting, made)
     if not abs(score) <= MOST:
         raise Wrong(f"log-probs are {score:.1f} standard errors off their mean (limit {MOST})")
     return {"tokens": sum(lengths), "kv_bytes": made.kv_bytes, "standard_score": score}
 
 
 @torch.no_grad()
-def _standard_score(setting: Setting, responses: Sequence[Sequence[int]]) -> float:
+def _standard_score(setting: Setting, made: Generated) -> float:
     """Of the sum of logp + entropy over all tokens, whose mean is 0 for the model's own samples."""
     total = variance = 0.0
-    first = len(setting.prompt) - 1
-    for response in responses:
-        ids = torch.tensor([[*setting.prompt, *response]], device=setting.model.device)
+    first = len(made.prompt) - 1
+    for response in made.responses:
+        ids = torch.tensor([[*made.prompt, *response]], device=setting.model.device)
         logits = setting.model(ids, use_cache=False).logits[0, first:-1].double()
         logp = logits.log_softmax(-1)
         mean = (logp.exp() * logp).sum(-1)
@@ -111,7 +110,7 @@ def measure_case(
         for entry in found.entries:
             if entry.seconds is None:
                 continue
-            with generation_rivals.counting(setting.model) as counted:
+            with generation_rivals.counting(setting.model, *setting.copies) as counted:
                 found.steps[entry.provider]()
             entry.facts |= asdict(counted) | {
                 "tokens_per_second": entry.facts["tokens"] / entry.seconds.median

@@ -46,37 +46,45 @@ def test_everybody_makes_all_tokens():
     assert rows["transformers generate"]["facts"]["pushed"] == 3 * (9 + 4)
 
 
-def _samples(setting, n=3, length=5, seed=0):
-    step = engine_steps(replace(setting, seed=seed))[""]
-    return [response[:length] for response in step().responses[:n]]
+def _samples(setting):
+    return engine_steps(replace(setting, seed=0))[""]()
 
 
-def _greedy(setting):
+def _greedy(setting, prompt):
     """Nearly: the likeliest tokens, each response's own."""
     found = []
     for i in range(setting.n):
-        text = list(setting.prompt)
+        text = list(prompt)
         for _ in range(setting.response):
             logits = setting.model(torch.tensor([text])).logits[0, -1]
             text.append(int(logits.argsort(descending=True)[i]))
-        found.append(text[len(setting.prompt) :])
+        found.append(text[len(prompt) :])
     return found
 
 
 def test_what_is_no_group_of_samples_is_refused(setting):
     right = _samples(setting)
-    facts = tree_engine.accept(setting, Generated(right, 7))
-    assert facts["tokens"] == 15 and facts["kv_bytes"] == 7 and abs(facts["standard_score"]) < 6
-    for wrong in (right[:2], [*right[:2], right[2][:4]], [*right[:2], right[1]]):
+    facts = tree_engine.accept(setting, right)
+    assert facts["tokens"] == 15 and facts["kv_bytes"] == right.kv_bytes
+    assert abs(facts["standard_score"]) < 6
+    one, two, three = right.responses
+    for wrong in ([one, two], [one, two, three[:4]], [one, two, two]):
         with pytest.raises(Wrong):
-            tree_engine.accept(setting, Generated(wrong, 7))
+            tree_engine.accept(setting, right._replace(responses=wrong))
 
 
 def test_greedy_tokens_are_no_samples(setting):
     longer = replace(setting, response=64)
     longer.model.config.max_position_embeddings = 128
     with torch.no_grad(), pytest.raises(Wrong, match="standard errors"):
-        tree_engine.accept(longer, Generated(_greedy(longer), 0))
+        prompt = longer.next_prompt()
+        tree_engine.accept(longer, Generated(prompt, _greedy(longer, prompt), 0))
+
+
+def test_no_prompt_comes_twice(setting):
+    fresh = replace(setting, seed=0)
+    first, second = fresh.next_prompt(), fresh.next_prompt()
+    assert len(first) == len(second) == 9 and first != second
 
 
 def test_passes_are_counted(setting):
