@@ -9,7 +9,8 @@ import sys
 # A module of this folder each, imported only when asked for: their rivals and plots are extras.
 COMMANDS = {
     "head": "the fused head against its rivals and the bare GEMMs",
-    "table": "stored results of head and gpu as tables",
+    "tree": "the tree cache: attention, forks, the engine, counted bytes",
+    "table": "stored results of head, gpu and tree as tables",
     "demo": "does the demo learn, how fast, and do its controls not",
     "loop": "the GRPO loop against TRL's trainer",
     "gpu": "check every kernel on this GPU, then benchmark, in one go",

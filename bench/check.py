@@ -66,10 +66,20 @@ def errors(got: Outcome, true: Outcome) -> Errors:
             continue
         if value is None:
             raise ValueError(f"{name}: need a gradient, got None")
-        found[name], found[name + "_row"] = _gradient_errors(value, exact)
-        rounding = _gradient_errors(exact, exact, value.dtype)
-        found[name + "_rounding"], found[name + "_row_rounding"] = rounding
+        found |= tensor_errors(name, value, exact)
     return found
+
+
+def tensor_errors(name: str, got: Tensor, true: Tensor) -> Errors:
+    """The four entries of `errors` on a tensor (rows, width): `name`, `_row`, and of rounding."""
+    whole, row = _relative_errors(got, true)
+    rounding, row_rounding = _relative_errors(true, true, got.dtype)
+    return {
+        name: whole,
+        f"{name}_row": row,
+        f"{name}_rounding": rounding,
+        f"{name}_row_rounding": row_rounding,
+    }
 
 
 def complaint(found: Errors, limits: Limits, over_gemm: Errors | None = None) -> str | None:
@@ -114,7 +124,7 @@ def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def _gradient_errors(
+def _relative_errors(
     got: Tensor, true: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[float, float]:
     """Relative Frobenius error, and the largest error of a row over its norm or the RMS.

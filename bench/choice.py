@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch._dynamo.utils import counters
@@ -10,6 +12,9 @@ from torch._dynamo.utils import counters
 from rollfuse.bench import check, measure
 from rollfuse.bench.cases import Case, Inputs, Outcome, over_fp32_gemm, truth
 from rollfuse.bench.rivals import Provider, Step
+
+Result = TypeVar("Result")
+Found = TypeVar("Found")
 
 
 class Choice(NamedTuple):
@@ -68,54 +73,90 @@ def choose(provider: Provider, judge: Judge, device: torch.device) -> Choice | s
     """
     # Made outside of what is caught: these are not the provider's to fail.
     judge.truth(provider), judge.gemm_errors(provider)
+
+    def accept(outcome: Outcome) -> tuple[check.Errors, check.Errors]:
+        errors = check.errors(outcome, judge.truth(provider))
+        over_gemm = check.in_units_of(errors, judge.gemm_errors(provider))
+        complaint = check.complaint(errors, provider.limits(judge.inputs.case), over_gemm)
+        if complaint is not None:
+            raise Wrong(complaint)
+        return errors, over_gemm
+
+    found = fastest_right(lambda: provider.steps(judge.inputs), accept, device, ours=provider.ours)
+    if isinstance(found, str):
+        return found
+    return Choice(found.configuration, found.step, *found.verdict, found.dropped)
+
+
+class Wrong(Exception):
+    """A result is beyond its limits."""
+
+
+class Unavailable(Exception):
+    """A provider cannot run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fastest(Generic[Result, Found]):
+    """The fastest of the right configurations."""
+
+    configuration: str
+    step: Callable[[], Result]
+    verdict: Found  # on its first result
+    dropped: str  # which others failed or are wrong, and how
+
+
+def fastest_right(
+    prepare: Callable[[], Mapping[str, Callable[[], Result]]],
+    accept: Callable[[Result], Found],
+    device: torch.device,
+    *,
+    ours: bool,
+) -> Fastest[Result, Found] | str:
+    """The fastest of a provider's configurations whose result is accepted; text: why there is none.
+
+    Args:
+        prepare: the steps by configuration; raises `Unavailable`.
+        accept: what there is to say of a result; raises `Wrong`.
+        ours: whether an error is ours, and so raised. A rival's costs it the configuration.
+    """
     try:
-        steps = provider.steps(judge.inputs)
+        steps = prepare()
     except Exception as error:  # foreign code raises what it likes; its row says what
-        return _reason(provider, error)
-    passed: dict[str, Choice] = {}
+        return _reason(error, ours=ours)
+    verdicts: dict[str, Found] = {}
     first: dict[str, float] = {}
     dropped: list[str] = []
     for name, step in steps.items():
         try:
-            outcome, first[name] = _first_run(step, device)
-            passed[name] = _checked(Choice(name, step, {}, {}, ""), outcome, provider, judge)
+            result, seconds = _first_run(step, device)
+            verdicts[name] = accept(result)
+            first[name] = seconds
         except Exception as error:  # as above
-            dropped.append(f"{_reason(provider, error)} [{name}]")
-    if not passed:
+            where = f" [{name}]" if name else ""
+            dropped.append(_reason(error, ours=ours) + where)
+    if not verdicts:
         return "; ".join(dropped)
-    times = {name: first[name] for name in passed}
-    best = measure.fastest({name: c.step for name, c in passed.items()}, times, device)
-    return passed[best]._replace(dropped="; ".join(dropped))
+    best = measure.fastest({name: steps[name] for name in verdicts}, first, device)
+    return Fastest(best, steps[best], verdicts[best], "; ".join(dropped))
 
 
-class _Wrong(Exception):
-    """A result is beyond its limits."""
-
-
-def _checked(choice: Choice, outcome: Outcome, provider: Provider, judge: Judge) -> Choice:
-    """The choice with its errors; raises _Wrong if they are too large."""
-    errors = check.errors(outcome, judge.truth(provider))
-    over_gemm = check.in_units_of(errors, judge.gemm_errors(provider))
-    complaint = check.complaint(errors, provider.limits(judge.inputs.case), over_gemm)
-    if complaint is not None:
-        raise _Wrong(complaint)
-    return choice._replace(errors=errors, over_gemm=over_gemm)
-
-
-def _first_run(step: Step, device: torch.device) -> tuple[Outcome, float]:
-    """Its outcome and seconds; a slow step that compiled is timed again."""
+def _first_run(step: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Its result and seconds; a slow step that compiled is timed again."""
     compiled = counters["stats"]["unique_graphs"]
-    outcome, seconds = measure.timed(step, device)
+    result, seconds = measure.timed(step, device)
     if seconds >= measure.SLOW and counters["stats"]["unique_graphs"] != compiled:
-        outcome, seconds = measure.timed(step, device)
-    return outcome, seconds
+        result, seconds = measure.timed(step, device)
+    return result, seconds
 
 
-def _reason(provider: Provider, error: Exception) -> str:
+def _reason(error: Exception, *, ours: bool) -> str:
     """What a row says of an error; our own are not survived."""
-    if isinstance(error, _Wrong):
+    if isinstance(error, Wrong):
         return f"wrong: {error}"
-    if provider.ours:
+    if isinstance(error, Unavailable):
+        return f"skipped: {error}"
+    if ours:
         raise error
     return f"failed: {first_line(error)}"
 

@@ -1,4 +1,4 @@
-"""The floor of `bench head`: the bare GEMMs of a step, without any loss."""
+"""Floors: the bare GEMMs of a step of `bench head`, and the bare reading of bytes."""
 
 from __future__ import annotations
 
@@ -57,6 +57,29 @@ def floor_steps(case: Case, device: torch.device) -> dict[str, Callable[[], None
         if size < case.vocab and size * case.tokens <= len(space):
             steps[f"{size} columns"] = by_columns(size)
     return steps
+
+
+def reading_steps(n_bytes: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """So many bytes through the memory and nothing else: added up, or half of them copied.
+
+    Nothing that reads each of them once can be faster than the faster of these.
+    """
+    n = max(2, n_bytes // 4)
+    source = torch.ones(n, device=device)
+    target = torch.empty(n // 2, device=device)
+
+    def copy() -> None:
+        target.copy_(source[: n // 2])
+
+    return {"read": source.sum, "copy": copy}
+
+
+def product_step(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A GEMM of the best shape there is, and its FLOPs: what no product outruns."""
+    n = 1024
+    operand = torch.randn(n, n, device=device).to(dtype)
+    product = torch.empty_like(operand)
+    return lambda: torch.mm(operand, operand, out=product), 2 * n**3
 
 
 def _workspace_elements(case: Case) -> int:

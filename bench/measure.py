@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -60,18 +60,26 @@ def timed(step: Callable[[], Result], device: torch.device) -> tuple[Result, flo
 
 
 def interleave(
-    steps: Mapping[str, Step], repeats: int, device: torch.device
+    steps: Mapping[str, Step],
+    repeats: int,
+    device: torch.device,
+    *,
+    finish: Callable[[Any], None] = lambda result: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step, `repeats` times, every repeat running all of them in rotated order.
 
     What drifts on the machine then hits all of them alike, so ratios within a repeat are fair.
+    `finish` gets each result, off the clock.
     """
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
         for i in range(len(names)):
             name = names[(i + repeat) % len(names)]
-            times[name].append(seconds(steps[name], device))
+            result, elapsed = timed(steps[name], device)
+            times[name].append(elapsed)
+            finish(result)
+            del result  # or it would lie beside the next one
     return times
 
 
@@ -199,9 +207,9 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 # -- provenance -----------------------------------------------------------------------------
-
 _RESULTS = ":(top,exclude)bench/results"
-_PACKAGES = ("torch", "triton", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+_RIVALS = ("trl", "liger-kernel", "cut-cross-entropy", "flashinfer-python")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", *_RIVALS)
 
 
 def provenance(command: str, device: torch.device) -> dict[str, object]:
@@ -280,11 +288,12 @@ def write_json(path: Path, data: Mapping[str, object]) -> None:
     """Write `data` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True, default=_plain) + "\n")
+    part.write_text(json.dumps(data, indent=1, sort_keys=True, default=plain) + "\n")
     part.replace(path)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """What JSON shall hold of it, as `json.dumps` asks."""
     if isinstance(value, Spread | Peak):
         return asdict(value)
     raise TypeError(f"{type(value).__name__} has no place in a result file")

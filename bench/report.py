@@ -68,16 +68,17 @@ def heading(facts: Mapping[str, object]) -> str:
 def table(case: Case, rows: Sequence[Row]) -> str:
     """The rows of one case as aligned text."""
     traffic = f"{case.flops() / 1e9:.4g} GFLOP, {case.bytes() / 2**20:.4g} MiB read and written"
-    lines = [_HEADINGS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADINGS))]
+    return f"\n{case.name}: {traffic}\n{aligned([_HEADINGS, *(_cells(row) for row in rows)])}"
 
-    def aligned(line: Sequence[str]) -> str:
-        first, *numbers, last = line
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each, the first and last column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for first, *numbers, last in lines:
         middle = "  ".join(c.rjust(w) for c, w in zip(numbers, widths[1:-1], strict=True))
-        return f"{first.ljust(widths[0])}  {middle}  {last}".rstrip()
-
-    title = f"\n{case.name}: {traffic}"
-    return "\n".join([title, aligned(lines[0]), *(aligned(line) for line in lines[1:])])
+        texts.append(f"{first.ljust(widths[0])}  {middle}  {last}".rstrip())
+    return "\n".join(texts)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -13,13 +13,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rollfuse.bench import plots, report
+from rollfuse.bench import plots, report, tree
 from rollfuse.bench.report import Row
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rollfuse.bench table", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JSON of head or gpu")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="JSON of head, gpu or tree"
+    )
     parser.add_argument("--plot", type=Path, help="draw the rows of all files here (PNG)")
     options = parser.parse_args(argv)
     drawn: list[dict[str, Any]] = []
@@ -27,9 +29,12 @@ def main(argv: list[str]) -> int:
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            parser.error(f"{path}: need a result of head or gpu, got {error}")
+            parser.error(f"{path}: need a result of head, gpu or tree, got {error}")
         if "rows" not in result:
             parser.error(f"{path}: need a result with rows, got keys {', '.join(result)}")
+        if "tree" in result:
+            print(f"{report.heading(result)}\n{tree.table(result)}\n")
+            continue
         print(f"{report.heading(result)}\n{tables(result['rows'])}\n")
         drawn += result["rows"]
     if options.plot is not None:
