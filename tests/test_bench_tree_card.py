@@ -1,4 +1,4 @@
-"""The checks of tree attention on a device, here on the CPU: they pass, and notice what is wrong."""
+"""The checks of tree attention on a device, here on the CPU: they pass and notice what is wrong."""
 
 import pytest
 import torch

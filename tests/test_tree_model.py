@@ -181,7 +181,7 @@ def test_the_model_is_left_as_it_was():
     out = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     out.sum().backward()
     model.eval()
-    assert torch.allclose(plain_logits(model, branch.tokens), logits[0], rtol=0, atol=1e-6)
+    assert torch.allclose(plain_logits(model, branch.tokens), logits[0], rtol=0, atol=2e-5)
 
 
 def test_an_error_inside_the_model_leaves_the_tokens_to_compute():
@@ -200,7 +200,7 @@ def test_an_error_inside_the_model_leaves_the_tokens_to_compute():
     assert branch.n_computed == 0 and model.config._attn_implementation == names
     tree.cache.check()
     found = tree.forward([branch])[0]
-    assert torch.allclose(found, plain_logits(model, branch.tokens), rtol=0, atol=1e-6)
+    assert torch.allclose(found, plain_logits(model, branch.tokens), rtol=0, atol=2e-5)
 
 
 def test_older_keys_stay_until_they_are_refused():
@@ -220,7 +220,7 @@ def test_older_keys_stay_until_they_are_refused():
     assert tree.cache.match([1, 2, 3, 4]) is None
     fresh = tree.cache.root(branch.tokens)
     found = tree.forward([fresh], pure=True)[0]
-    assert torch.allclose(found, plain_logits(model, fresh.tokens), rtol=0, atol=1e-6)
+    assert torch.allclose(found, plain_logits(model, fresh.tokens), rtol=0, atol=2e-5)
 
 
 REFUSED = {

@@ -69,9 +69,9 @@ def _attend_kernel(
     kv_len = tl.load(item + KV_LEN)
     # Keys first..last of the item count for a row, keys low..high - 1 for any row of the tile.
     last = (tl.load(positions + row) - tl.load(item + KV_BEGIN)).to(tl.int32)
-    first = tl.where(here, last - window + 1, kv_len) if HAS_WINDOW else tl.zeros_like(last)
+    first = tl.where(here, last - window + 1, kv_len) if HAS_WINDOW else last * 0
     last = tl.where(here, tl.minimum(last, kv_len - 1), -1)
-    low = tl.maximum(tl.min(first, 0), 0)
+    low = tl.maximum(-tl.max(-first, 0), 0)
     high = tl.max(last, 0) + 1
     high = tl.where(low < high, high, 0)  # no key of the item is inside any row's window
     x = _rows_of(q, row.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head, D, BLOCK_D)
