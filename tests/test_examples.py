@@ -1,4 +1,4 @@
-"""Every example runs as it stands and learns; what each one computes has a test file of its own."""
+"""Every example runs as it stands and learns or finds; what each computes has its own test file."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def test_trl_grpo():
 def test_lightning_module():
     metrics = run("lightning_module", "lightning")
     assert 0.0 < metrics["entropy"] < 5.0
+
+
+@pytest.mark.parametrize("name", ["beam_search", "best_of_n", "tree_search"])
+def test_searching_more_finds_more(name: str):
+    found = run(name)
+    assert found[-1] > found[0]
+
+
+def test_vote():
+    votes = run("vote")
+    assert len(votes) == 4 and sum(votes.values()) == 64

@@ -440,6 +440,11 @@ def test_everything_promised_is_written(straight_run: Path) -> None:
     assert [m["step"] for m in records if "kl" in m] == [1, 4]
     assert next(m["kl"] for m in records if "kl" in m) == pytest.approx(0.0, abs=1e-6)
     assert all(m["sampler_trainer_diff"] < 1e-5 for m in records if "loss" in m)
+    for line in (run / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        lengths = {len(sample[name]) for name in ("ids", "tokens", "logp", "entropy")}
+        assert len(lengths) == 1 and min(sample["entropy"]) >= 0.0
+    assert 'class="tree"' in (run / "report.html").read_text()
     config = Config.from_json(run / "config.json")
     assert (config.lr, config.max_new_tokens) == (1e-3, 6)
 

@@ -16,6 +16,7 @@ MAPPED = ("src/rollfuse", "kernels", "kernels/_triton", "losses", "rollout", "be
 @pytest.fixture(scope="module")
 def names() -> dict[str, object]:
     """The blocks run in order in one namespace, as a reader would type them."""
+    pytest.importorskip("transformers", reason="needs transformers: the extra [examples]")
     namespace: dict[str, object] = {}
     for number, block in enumerate(CODE, 1):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
@@ -23,7 +24,7 @@ def names() -> dict[str, object]:
 
 
 def test_the_blocks_give_a_loss_and_gradients(names):
-    assert len(CODE) == 4
+    assert len(CODE) == 5
     assert names["out"].loss.isfinite()
     for tensor in (names["hidden"], names["weight"]):
         assert tensor.grad.isfinite().all()
@@ -38,12 +39,22 @@ def test_the_blocks_select_tokens(names):
     assert names["baseline"].tolist() == [0.5, 1.0, 1.0, 0.5]
 
 
+def test_the_blocks_grow_a_tree(names):
+    assert names["logits"].shape == (4, 100)
+    lengths = [len(text) for text in names["texts"]]
+    assert lengths == [10, 10, 10, 10, 7, 7]
+    assert names["held"].n_tokens == 4 + 4 * 6
+    names["cache"].check()
+    assert names["cache"].statistics().n_pages_used == 0
+
+
 def test_the_blocks_are_as_short_as_promised():
     blocks = [re.sub(r"^(import|from) .*\n", "", block, flags=re.M) for block in CODE]
     lines = [len([line for line in block.splitlines() if line.strip()]) for block in blocks]
     assert lines[0] <= 10
     assert lines[1] <= 5
     assert lines[2] <= 5
+    assert lines[4] <= 15
 
 
 def test_every_file_has_its_line_in_the_map_and_every_line_its_file():

@@ -12,6 +12,7 @@ import pytest
 from rollfuse.chart import line_chart, running_mean, short, ticks
 from rollfuse.config import Config
 from rollfuse.report import CURVES, write_report
+from rollfuse.rollout.picture import tree_picture
 
 SAMPLE = {
     "step": 5,
@@ -92,6 +93,48 @@ def test_samples_can_be_read_and_cannot_inject(tmp_path: Path) -> None:
     assert text.index("<summary>step 9") < text.index("<summary>step 5")
     shades = [float(p) for p in re.findall(r"--p:(\d+)%", text)[:3]]
     assert shades[1] > shades[0] > shades[2] == 0
+
+
+TREE_SAMPLE = {**SAMPLE, "ids": [4, 5, 0], "entropy": [0.2, 1.0, 0.0]}
+
+
+def test_one_group_of_the_last_samples_is_drawn(tmp_path: Path) -> None:
+    def sample(**changes: object) -> dict[str, object]:
+        return {**TREE_SAMPLE, **changes}
+
+    old = [sample(tokens=["9", "9", "9"], reward=0.0), sample()]
+    same = [sample(step=9, prompt="same>", reward=0.5)] * 2
+    group = [sample(step=9, reward=0.0), sample(step=9, ids=[4, 6, 0], tokens=["1", "3", "<eos>"])]
+    text = page(tmp_path, 10, [*old, *same, *group])
+    picture = tree_picture(
+        [["1", "2", "<eos>"], ["1", "3", "<eos>"]], [[0.2, 1.0, 0.0]] * 2, [0.0, 1.0], "<b>21></b>"
+    )
+    assert text.count('class="tree"') == 1
+    assert picture.replace(' xmlns="http://www.w3.org/2000/svg"', "") in text
+    assert "http" not in text
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+
+
+def test_tokens_of_one_text_are_told_apart(tmp_path: Path) -> None:
+    other = {**TREE_SAMPLE, "ids": [9, 5, 0]}
+    assert page(tmp_path, 3, [TREE_SAMPLE] * 2).count('class="leaf"') == 1
+    assert page(tmp_path, 3, [TREE_SAMPLE, other]).count('class="leaf"') == 2
+
+
+def test_samples_of_older_versions_have_no_tree(tmp_path: Path) -> None:
+    text = page(tmp_path, 3, [SAMPLE])
+    assert 'class="tree"' not in text and "<p>None recorded yet.</p>" in text
+    assert 'class="tree"' in page(tmp_path, 3, [SAMPLE, TREE_SAMPLE])
+
+
+def test_page_and_picture_have_the_same_colours(tmp_path: Path) -> None:
+    text = page(tmp_path, 3, [TREE_SAMPLE])
+    for name, light, dark in (("mark", "#f5a524", "#b9770e"), ("good", "#17803d", "#5fd08a")):
+        assert text.index(f"--{name}:{light}") < text.index(f"--{name}:{dark}")
+        for colour in (light, dark):
+            assert re.search(rf"\.tree \.\w+{{fill:{colour}}}", text)
 
 
 def test_the_config_is_all_there(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rollfuse.kernels.segments import (
     segment_std,
     segment_sums,
 )
+from rollfuse.kernels.tree_attention import tree_decode_attention, write_key_values
 from rollfuse.kernels.wrapped import linear_head
 from rollfuse.losses.advantages import grpo_advantages, rloo_advantages
 from rollfuse.losses.kl import k1, k2, k3
@@ -37,10 +38,15 @@ from rollfuse.losses.reductions import (
     token_mean,
 )
 from rollfuse.losses.surrogates import clipped_surrogate
+from rollfuse.rollout.branch import Branch
 from rollfuse.rollout.causal_lm import head_of
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.packing import hidden_rows, pack_rollout, token_batch
+from rollfuse.rollout.pages import OutOfPages
+from rollfuse.rollout.picture import group_picture, tree_picture
 from rollfuse.rollout.record import Finish, Rollout, Source
+from rollfuse.rollout.tree_cache import TreeCache
+from rollfuse.rollout.tree_model import TreeModel, tree_cache_for
 
 __all__ = [
     # the head
@@ -60,5 +66,9 @@ __all__ = [
     "Purpose", "Sampled", "Sampling", "fork_streams", "need_distinct_streams", "new_streams",
     "sample_tokens",
     # rollouts
-    "Engine", "Finish", "Rollout", "Source", "hidden_rows", "pack_rollout", "token_batch",
+    "Engine", "Finish", "Rollout", "Source", "group_picture", "hidden_rows", "pack_rollout",
+    "token_batch", "tree_picture",
+    # trees of texts
+    "Branch", "OutOfPages", "TreeCache", "TreeModel", "tree_cache_for", "tree_decode_attention",
+    "write_key_values",
 ]  # fmt: skip

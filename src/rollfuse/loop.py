@@ -252,8 +252,10 @@ def _samples(
                     "prompt": problems[p].prompt,
                     "answer": problems[p].answer,
                     "reward": float(rewards[b]),
+                    "ids": ids,
                     "tokens": [policy.tokenizer.decode([i]) for i in ids],
                     "logp": rollout.logp[start:end].tolist(),
+                    "entropy": rollout.entropy[start:end].tolist(),
                 }
             )
     return shown

@@ -15,6 +15,7 @@ from typing import Any
 
 from rollfuse.chart import line_chart, short
 from rollfuse.config import Config
+from rollfuse.rollout.picture import DARK, LIGHT, NAMESPACE, tree_picture
 
 Record = Mapping[str, Any]
 
@@ -39,7 +40,7 @@ def write_report(
     Args:
         metrics: one record a step, as in metrics.jsonl.
         samples: responses, as in samples.jsonl: step, prompt, answer, reward, tokens
-            (texts), logp (nats).
+            (texts), logp (nats), and for the tree ids and entropy (nats).
     """
     title = f"rollfuse - {Path(config.data).stem if config.data else config.task}"
     body = "".join(
@@ -50,6 +51,10 @@ def write_report(
             *(_chart(metrics, *curve) for curve in CURVES),
             '</section><p class="hint">Across: GRPO steps. The faint line is every step, the '
             "strong one its running mean; the number is the last one measured.</p>",
+            "<h2>A group as a tree</h2>",
+            '<p class="hint">Responses to one prompt of the last step recorded, and their rewards. '
+            "The stronger a token is marked, the less certain the policy was.</p>",
+            _tree(samples),
             "<h2>Responses</h2>",
             '<p class="hint">Reward, length, text. The stronger a token is marked, the less likely '
             "the policy thought it; point at it for its probability.</p>",
@@ -91,6 +96,33 @@ def _chart(
         f"<figure><figcaption><b>{title}</b><span>{last}</span><small>{unit}</small></figcaption>"
         f"{line_chart(points, label=title, bottom=bottom, until=until)}</figure>"
     )
+
+
+def _tree(samples: Sequence[Record]) -> str:
+    """Of the last recorded step's groups the one whose rewards differ most, the first of equals."""
+    # Runs of older versions have not recorded the entropies.
+    known = [sample for sample in samples if "entropy" in sample]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for sample in known:
+        if sample["step"] == known[-1]["step"]:
+            groups.setdefault((sample["prompt"], sample["answer"]), []).append(sample)
+    if not groups:
+        return "<p>None recorded yet.</p>"
+    group = max(groups.values(), key=_spread)
+    picture = tree_picture(
+        [sample["tokens"] for sample in group],
+        [sample["entropy"] for sample in group],
+        [sample["reward"] for sample in group],
+        group[0]["prompt"],
+        ids=[sample["ids"] for sample in group],
+    )
+    # A page of HTML implies it.
+    return f"<article>{picture.replace(NAMESPACE, '', 1)}</article>"
+
+
+def _spread(group: Sequence[Record]) -> float:
+    rewards = [float(sample["reward"]) for sample in group]
+    return max(rewards) - min(rewards)
 
 
 def _samples(samples: Sequence[Record]) -> str:
@@ -143,11 +175,17 @@ _PAGE = """<!doctype html>
 <title>{title}</title><style>{style}</style></head><body><main>{body}</main></body></html>
 """
 
-_STYLE = """
-:root { color-scheme: light dark; --paper:#fbfaf8; --card:#fff; --ink:#1d1d1f; --soft:#6b6b70;
-  --rule:#e4e2dd; --line:#2f6fde; --good:#17803d; --bad:#b42318; --mark:#f5a524; }
-@media (prefers-color-scheme: dark) { :root { --paper:#141416; --card:#1d1d20; --ink:#ececee;
-  --soft:#9a9aa2; --rule:#333338; --line:#7fb0ff; --good:#5fd08a; --bad:#ff8b80; --mark:#b9770e; } }
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return ":root { " + " ".join(f"--{name}:{value};" for name, value in colours.items()) + " }"
+
+
+_STYLE = f"""
+:root {{ color-scheme: light dark }}
+{_variables(LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_variables(DARK)} }}
+"""
+_STYLE += """
 * { box-sizing: border-box }
 body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui, sans-serif }
 main { max-width:1240px; margin:0 auto; padding:32px 20px 64px }
