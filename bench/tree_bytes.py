@@ -2,8 +2,8 @@
 
 Read are the keys and values of the plan's items and the partial results, in float32 with the
 logarithms of their normalisers; these are written, too. A row of a single item has none. "Long"
-trees have nodes of at least 8 packed rows only: 8 * (rows below) * Hq / H keys. The CPU's plan
-reads nodes of up to 32 keys again on purpose: that costs it less than another call.
+trees have nodes of at least 8 packed rows only: 8 * (rows below) * Hq / H keys. Of the others the
+CPU's plan reads nodes of up to 32 keys again: that costs it less than another call.
 
 Legend: Hq and H heads, D width.
 """

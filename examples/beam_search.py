@@ -50,7 +50,7 @@ def beam_search(
             for beam in beams:
                 beam.prune()
             beams = children
-            cache.append(beams, (chosen % total.shape[1]).numpy())
+            cache.append(beams, chosen % total.shape[1])
         texts = [beam.tokens[len(prompt) :].tolist() for beam in beams]
         return heapq.nlargest(n_beams, [*ended, *zip(scores, texts, strict=True)])
     finally:

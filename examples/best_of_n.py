@@ -70,9 +70,9 @@ def draw(model: TreeModel, live: Sequence[Sample], end: int | None) -> None:
     """A token for each sample. The first pass makes one row of logits and hands it to all."""
     branches = [sample.branch for sample in live]
     logits = model.forward(branches)
-    positions = torch.tensor([len(branch) for branch in branches], device=logits.device)
+    positions = model.cache.positions(branches)
     drawn = sample_tokens(logits, model.cache.streams(branches), positions)
-    model.cache.append(branches, drawn.ids.cpu().numpy())
+    model.cache.append(branches, drawn.ids)
     for sample, token, logp in zip(live, drawn.ids.tolist(), drawn.logp.tolist(), strict=True):
         sample.logp.append(logp)
         sample.has_ended = token == end

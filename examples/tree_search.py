@@ -107,9 +107,9 @@ class TreeSearch:
         try:
             live, logits = branches, node.logits.expand(len(branches), -1)
             while live:
-                positions = torch.tensor([len(branch) for branch in live], device=logits.device)
+                positions = cache.positions(live)
                 ids = sample_tokens(logits, cache.streams(live), positions).ids
-                cache.append(live, ids.cpu().numpy())
+                cache.append(live, ids)
                 live = [branch for branch in live if not self._is_whole(branch)]
                 logits = self.model.forward(live) if live else logits
             return sum(self._judged(branch) for branch in branches) / len(branches)

@@ -47,9 +47,9 @@ def vote(
         while live and not is_decided(votes, len(live)):
             # The first pass makes one row of logits and hands it to all branches.
             logits = model.forward(live)
-            positions = torch.tensor([len(branch) for branch in live], device=logits.device)
+            positions = model.cache.positions(live)
             ids = sample_tokens(logits, model.cache.streams(live), positions).ids
-            model.cache.append(live, ids.cpu().numpy())
+            model.cache.append(live, ids)
             is_last = len(live[0]) == len(prompt) + n_tokens
             ended = [b for b, i in zip(live, ids.tolist(), strict=True) if is_last or i == end]
             answers = [extract(branch.tokens[len(prompt) :].tolist()) for branch in ended]

@@ -172,7 +172,7 @@ def plan_of(
         spans: the nodes on the rows' paths; every one has a row, or one below it does.
         group: query heads that share a key-value head, Hq / Hkv.
         kv_bytes: of an element of the keys.
-        short: a node of at most so many keys goes into its children's items whatever that costs.
+        short: so does a node of at most so many keys, unless it has 8 for each packed row.
         split: the fewest keys of a part of an item, None not to split. Programs of a device share
             the work of one item by its parts.
 
@@ -224,7 +224,8 @@ def _merged(
         carried[level] = np.where(merged_above, carried[above] + spans.length[above], 0)
         n_keys = carried[level] + spans.length[level]
         repeated = (n_children[level] - 1) * n_keys * kv_bytes
-        goes_down = (repeated <= 4 * packed[level]) | (n_keys <= short)
+        is_short = (n_keys <= short) & (n_keys < 8 * packed[level])
+        goes_down = (repeated <= 4 * packed[level]) | is_short | (n_keys == 0)
         is_item[level] = (spans.rows[level] > 0) | ~goes_down
     return carried, is_item
 

@@ -47,7 +47,8 @@ class TreeCache:
         n_layers, n_kv_heads, head_dim: of the model.
         n_heads: query heads of the model; None: as many as key-value heads.
         n_pages: pages there are, shared by all layers.
-        page_size: S, tokens of a page. A frozen node leaves up to S - 1 slots unused.
+        page_size: S, tokens of a page. A frozen node leaves up to S - 1 slots unused: where texts
+            part at every few tokens, as in a search, pages of 1 to 4 waste least.
         dtype, device: of the keys and values.
         canary: keep a word of (token, position, version) beside every slot that is written, on the
             device, for `check`: 8 bytes a token.
@@ -166,11 +167,17 @@ class TreeCache:
         need_distinct_streams(streams)
         return streams.to(self.device, non_blocking=True)
 
-    def append(self, branches: Sequence[Branch], tokens: Sequence[Tokens] | Ints) -> None:
+    def positions(self, branches: Sequence[Branch]) -> Tensor:
+        """(B,) int64 on the device, where each branch's next token will stand."""
+        lengths = torch.tensor([len(branch) for branch in branches], dtype=torch.int64)
+        return lengths.to(self.device, non_blocking=True)
+
+    def append(self, branches: Sequence[Branch], tokens: Sequence[Tokens] | Ints | Tensor) -> None:
         """Append tokens[i] to branches[i]; a forward pass is to compute them.
 
         Args:
-            tokens: a sequence of token ids each, or (B,) int64, one each.
+            tokens: a sequence of token ids each; or (B,) integers, one each, as an array or as a
+                tensor anywhere.
 
         Raises:
             ValueError: a pruned branch or one that comes twice, or another number of sequences.
@@ -181,7 +188,11 @@ class TreeCache:
         distinct = len({id(branch) for branch in branches}) == len(branches)
         checks.need(distinct, "branches", "each branch once", "one twice")
         checks.need(len(tokens) == len(nodes), "tokens", f"{len(nodes)} sequences", len(tokens))
-        if not (isinstance(tokens, np.ndarray) and tokens.ndim == 1):
+        if isinstance(tokens, Tensor):
+            tokens = tokens.detach().cpu().numpy()
+        if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+            tokens = _ids(tokens, "tokens")
+        else:
             tokens = [_ids(part, f"tokens[{i}]") for i, part in enumerate(tokens)]
         for branch, node in zip(branches, self.tree.append(nodes, tokens), strict=True):
             branch._node = node
@@ -191,17 +202,20 @@ class TreeCache:
     def plan(self, branches: Sequence[Branch], *, pure: bool = False) -> TreeStep:
         """The forward pass that computes what is not computed of the branches' texts.
 
-        A branch that is computed whole has its last token pushed through again, without being
-        written, so that it too gets logits. The next plan of the same branches, one token longer,
-        is this one moved on.
+        Branches that share tokens share their rows, and those that share an end the row of its
+        last token. A branch that is computed whole has its last token pushed through again, without
+        being written, so that it too gets logits. The next plan of the same branches, one token
+        longer, is this one moved on.
 
         Args:
             branches: B of them, none empty, in any order; several may share an end.
             pure: refuse texts of which another version than the present one wrote a part.
 
         Raises:
-            ValueError: an empty or pruned branch; a mixed text where a pure one is asked for.
+            ValueError: no branch, an empty or pruned one; a mixed text where a pure one is asked
+                for.
         """
+        checks.need(len(branches) > 0, "branches", "at least one", "none")
         ends = [branch.node for branch in branches]
         if pure:
             _need_pure(branches, self.version)

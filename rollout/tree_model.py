@@ -83,6 +83,7 @@ class TreeModel:
         self.model, self.cache = model, cache
         text = model.config.get_text_config(decoder=True)
         self._configs = list({id(c): c for c in (model.config, text)}.values())
+        self._vocabulary = embedding_weight(model).shape[0]
         self._keeps_logits = "logits_to_keep" in forward_arguments(model)
 
     def forward(self, branches: Sequence[Branch], *, pure: bool = False) -> Tensor:
@@ -96,11 +97,13 @@ class TreeModel:
             (B, V), the logits after the last token of each branch. No gradient flows.
 
         Raises:
-            ValueError: see `TreeCache.plan`.
+            ValueError: see `TreeCache.plan`; a token id is not in the vocabulary.
             TypeError: the model's layers do not attend through transformers' interface.
             Any error leaves the cache as it was, with the same tokens still to compute.
         """
         step = self.cache.plan(branches, pure=pure)
+        good = 0 <= int(step.ids.min()) and int(step.ids.max()) < self._vocabulary
+        checks.need(good, "branches", f"token ids in [0, {self._vocabulary})", "another one")
         device = self.cache.device
         ids, last = (
             torch.from_numpy(x).to(device, non_blocking=True) for x in (step.ids, step.last)

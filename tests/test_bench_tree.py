@@ -76,10 +76,8 @@ def test_long_nodes_are_read_once_and_little_more():
     long = [one for one in found if one.is_long]
     assert 0 < len(long) < len(found)
     for one in long:
-        # What the CPU's plan reads again is short in keys, see `tree_bytes`.
-        if one.plan == "GPU" or one.length * tree_bytes.LONG * one.group > 32:
-            assert one.read <= tree_bytes.LIMIT, one
-            assert one.moved <= tree_bytes.LIMIT + 0.25 / 128, one
+        assert one.read <= tree_bytes.LIMIT, one
+        assert one.moved <= tree_bytes.LIMIT + 0.25 / 128, one
     # The limit is one: trees of short nodes pass it.
     assert max(one.read for one in found if not one.is_long) > tree_bytes.LIMIT
 

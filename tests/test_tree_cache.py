@@ -149,7 +149,8 @@ class Machine(RuleBasedStateMachine):
     def compute(self, data):
         chosen = data.draw(st.sets(st.integers(0, len(self.naive.texts) - 1)))
         branches = [self.naive.texts[i][0] for i in chosen if self.naive.texts[i][1]]
-        compute(self.naive.cache, branches)
+        if branches:
+            compute(self.naive.cache, branches)
         assert all(branch.n_computed == len(branch) for branch in branches)
 
     @precondition(lambda self: len(self.naive.texts) < 12)
@@ -289,6 +290,11 @@ def test_branches_come_back_in_the_order_in_which_they_were_given():
     order = [5, 0, 6, 3, 1, 4, 2]
     step = compute(cache, [branches[i] for i in order])
     assert step.ids[step.last].tolist() == [10 + i for i in order]
+    cache.append(branches, torch.arange(len(branches)) + 20)
+    step = compute(cache, [branches[i] for i in order])
+    assert step.ids[step.last].tolist() == [20 + i for i in order]
+    lengths = [len(branches[i]) for i in order]
+    assert cache.positions([branches[i] for i in order]).tolist() == lengths
 
 
 def test_what_is_computed_already_is_pushed_through_again_and_not_written():

@@ -203,6 +203,18 @@ def test_an_error_inside_the_model_leaves_the_tokens_to_compute():
     assert torch.allclose(found, plain_logits(model, branch.tokens), rtol=0, atol=2e-5)
 
 
+def test_tokens_outside_the_vocabulary_are_refused():
+    model = tiny_qwen3()
+    tree = TreeModel(model, tree_cache_for(model, n_pages=10))
+    for token in (-1, 48):
+        branch = tree.cache.root([1, token])
+        with pytest.raises(ValueError, match=r"branches: need token ids in \[0, 48\), got another"):
+            tree.forward([branch])
+        assert branch.n_computed == 0
+    with pytest.raises(ValueError, match="branches: need at least one, got none"):
+        tree.forward([])
+
+
 def test_older_keys_stay_until_they_are_refused():
     model = tiny_qwen3()
     tree = TreeModel(model, tree_cache_for(model, n_pages=20))
