@@ -53,9 +53,9 @@ class Engine:
         stop_strings: texts that end a response with the token that completes one.
         tokenizer: needed to look for stop strings; unused without.
         max_batch: sequences decoded together, at least `n`. None: all that there is room for.
-        kv_bytes: the most that keys and values may take. None: what the batch can come to need, on
-            a GPU at most half of the free memory. With less, sequences wait, and those with the
-            shortest responses are dropped to their tokens and computed again later.
+        kv_bytes: the most that keys and values may take. None: what the batch can come to need, at
+            most half of a GPU's free memory or of the machine's. With less, sequences wait, and
+            those with the shortest responses are dropped to their tokens and computed again later.
         page_size: tokens of a page of the cache.
 
     Attributes:
@@ -152,14 +152,10 @@ class Engine:
         n_pages = sum(-(-length // page) + n * response for length in at_once)
         alone = -(-(lengths[0] + self.max_new_tokens) // page)
         one_page = tree_cache_for(self.model, n_pages=1, page_size=page).page_bytes
-        limit = self.kv_bytes
-        device = embedding_weight(self.model).device
-        if limit is None and device.type == "cuda":
-            limit = torch.cuda.mem_get_info(device)[0] // 2
-        if limit is not None:
-            needed = f"at least {alone * one_page}, for the longest prompt and its response"
-            checks.need(limit >= alone * one_page, "kv_bytes", needed, limit)
-            n_pages = min(n_pages, limit // one_page)
+        limit = self.kv_bytes or _half_of_memory(embedding_weight(self.model).device)
+        needed = f"at least {alone * one_page}, for the longest prompt and its response"
+        checks.need(limit >= alone * one_page, "kv_bytes", needed, limit)
+        n_pages = min(n_pages, limit // one_page)
         # Watched, where all is: what is in the slots, and what should be.
         watched = os.environ.get("ROLLFUSE_CHECK") == "1"
         options = {"page_size": page, "canary": watched, "checksum": watched}
@@ -252,6 +248,12 @@ class Engine:
             good = int(everything.min()) >= 0 and int(everything.max()) < self._vocabulary
             checks.need(good, "prompts", f"ids in [0, {self._vocabulary})", "another one")
         return texts
+
+
+def _half_of_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
