@@ -12,6 +12,7 @@ Legend: P prompts, n samples each, B = P * n sequences, V vocabulary.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -253,6 +254,8 @@ class Engine:
 def _half_of_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
