@@ -173,6 +173,9 @@ def policy_loss(
         in_place = flat.data_ptr() == logits.data_ptr() and flat.stride(1) == 1
         needed, got = "logits that are (R, V) rows in memory", "ones that had to be copied"
         checks.need(in_place, "overwrite_logits", needed, got)
+        apart = flat.shape[0] < 2 or flat.stride(0) >= flat.shape[1]
+        needed, got = "rows of their own in memory", "rows that overlap (expand?)"
+        checks.need(apart, "overwrite_logits", needed, got)
     vocabulary = flat.shape[1]
     layout = _layout(_RowsOf("logits", flat.shape[0], flat, vocabulary), batch, objective)
     # A device would read the gradient once more to multiply it by the upstream factor, which

@@ -305,6 +305,38 @@ def test_logits_that_cannot_be_overwritten_are_refused():
         policy_loss(logits, plain.batch, smooth_local).loss.backward()
 
 
+def test_logits_whose_rows_share_memory_are_not_overwritten():
+    """Repeated by expand, or windows of one vector: a row's gradient would fall into others."""
+    problem = make_problem()
+    one = torch.randn(1, 301, requires_grad=True)
+    vector = torch.randn(324, requires_grad=True)
+    for logits in (
+        (one * 1.0).expand(24, 301),
+        (one * 1.0).expand(4, 6, 301),
+        (vector * 1.0).as_strided((24, 301), (1, 1)),
+    ):
+        for objective in (smooth_local, smooth):
+            with pytest.raises(ValueError, match="rows of their own in memory, got rows that over"):
+                policy_loss(logits, problem.batch, objective, overwrite_logits=True)
+            policy_loss(logits, problem.batch, objective).loss.backward(retain_graph=True)
+    wider = (torch.randn(24, 320, requires_grad=True) * 1.0)[:, :301]
+    policy_loss(wider, problem.batch, smooth_local, overwrite_logits=True).loss.backward()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 301, 5000])
+def test_a_nan_among_the_logits_reaches_the_loss(vocabulary):
+    batch = TokenBatch(torch.zeros(2).long(), torch.ones(2), torch.ones(2), torch.ones(2))
+    for where in (slice(None), 0, vocabulary - 1):
+        source = torch.randn(2, vocabulary)
+        source[1, where] = torch.nan
+        source.requires_grad_()
+        result = policy_loss(source * 1.0, batch, smooth_local)
+        result.loss.backward()
+        assert result.loss.isnan()
+        assert result.logp.isnan().tolist() == result.entropy.isnan().tolist() == [False, True]
+        assert source.grad[0].isfinite().all() and source.grad[1].isnan().all()
+
+
 @pytest.mark.parametrize("what", ["weights", "advantages"])
 @pytest.mark.parametrize("n_pairs", [None, 40])
 def test_scores_of_a_batch_without_any_gradient(what, n_pairs):
