@@ -9,7 +9,7 @@ from shard_cases import SPLITS, run
 
 from rollfuse.kernels.rows import RowStatistics, Transform
 from rollfuse.kernels.shard import joined
-from rollfuse.kernels.statistics import row_statistics
+from rollfuse.kernels.statistics import row_entropy, row_statistics, target_logp, target_shift
 
 pytestmark = pytest.mark.kernels
 
@@ -60,14 +60,16 @@ def test_a_split_vocabulary_equals_a_whole_one(n_ranks, tmp_path):
 
 
 def test_statistics_of_two_sets_of_columns():
-    z = torch.randn(7, 40) * 5
+    z = torch.randn(10, 40) * 5
     z[1, :15] = -torch.inf
     z[2, 15:] = -torch.inf
     z[3] = -torch.inf
     z[4, 30] = z[4, 3] = 99.0  # a tie goes to the lower column
     z[5] -= 200.0
-    z[6, 20] = torch.nan
-    factor = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0, 1.0])
+    z[6, 20] = z[7, 3] = torch.nan  # of the one or the other set,
+    z[8, 20:] = z[9, :15] = torch.nan  # all of it, or beside nothing
+    z[8, :20] = z[9, 15:] = -torch.inf
+    factor = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0])
     transform = Transform(factor)
     want = row_statistics(z, transform)
     low = row_statistics(z[:, :15].contiguous(), transform)
@@ -79,7 +81,13 @@ def test_statistics_of_two_sets_of_columns():
         torch.testing.assert_close(a[live], b[live], rtol=2e-6, atol=1e-6)
     assert got.top[3] == -torch.inf
     assert got.rest[3] == want.rest[3] == 0
-    assert got.rest[6].isnan()
+    assert row_entropy(got)[6:].isnan().all()
+    for column in (3, 20):  # a target that is forbidden, the NaN itself, or neither
+        pre, slot, target = z[:, column], torch.arange(10), torch.full((10,), column)
+        shifted = target_shift(pre, got, transform, slot)
+        logp = target_logp(got, shifted, slot, target)
+        assert logp[6:].isnan().all()
+        assert not logp[:6].isnan().any()
 
 
 def test_ranks_that_do_not_fit_are_told_so(tmp_path):
