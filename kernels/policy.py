@@ -155,7 +155,9 @@ def policy_loss(
         overwrite_logits: the gradient is written over the logits, whose values are lost (in the
             forward already if the objective is token-local); it saves their size in memory. The
             logits must not be a leaf or used elsewhere, must lie in memory as (R, V) rows, and each
-            row must have one temperature and support.
+            row must have one temperature and support. A graph that is kept can be walked again only
+            where the forward made the gradient (token-local, on the CPU, not float16); elsewhere
+            the logits are gone, and torch says that a tensor was modified by an inplace operation.
 
     Returns:
         PolicyLoss, differentiable in logits.

@@ -305,6 +305,18 @@ def test_logits_that_cannot_be_overwritten_are_refused():
         policy_loss(logits, plain.batch, smooth_local).loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("objective", "dtype"), [(smooth_local, torch.float16), (coupled, torch.float32)]
+)
+def test_overwritten_logits_serve_one_backward(objective, dtype):
+    problem = make_problem()
+    source = torch.randn(24, 301, dtype=dtype, requires_grad=True)
+    loss = policy_loss(source * 1.0, problem.batch, objective, overwrite_logits=True).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_logits_whose_rows_share_memory_are_not_overwritten():
     """Repeated by expand, or windows of one vector: a row's gradient would fall into others."""
     problem = make_problem()
