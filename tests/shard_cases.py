@@ -11,7 +11,7 @@ from head_cases import coupled, make_problem, smooth_local
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rollfuse import Head, Lora, Plan, TokenBatch, linear_policy_loss, token_mean
+from rollfuse import Head, Lora, Plan, TokenBatch, explain, linear_policy_loss, token_mean
 
 # How many columns each rank has, of 301; unequal, so that no rank can guess the others'.
 SPLITS = {1: [301], 2: [120, 181], 4: [1, 99, 121, 80]}
@@ -91,6 +91,21 @@ def without_entropy(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
 
 def run_all(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     return [run(case, split=True) for case in cases]
+
+
+def chunks_of_a_plan() -> list[tuple[str, int, int]]:
+    """(kind, rows of a chunk, number of chunks) of plans that a budget decides."""
+    problem, _ = make({"n_rows": 200})
+    sizes, rank = SPLITS[dist.get_world_size()], dist.get_rank()
+    start = sum(sizes[:rank])
+    weight = part(problem.weight, start, start + sizes[rank])
+    head = Head(weight, part(problem.bias, start, start + sizes[rank]), group=dist.group.WORLD)
+    reports = [
+        explain(problem.hidden, head, problem.batch, objective, Plan(None, budget))
+        for objective in (smooth_local, coupled)
+        for budget in (150_000, 200_000, 250_000)
+    ]
+    return [(r.kind, r.chunk_rows, r.n_chunks) for r in reports]
 
 
 def messages() -> list[str]:

@@ -178,6 +178,28 @@ def test_floats_of_a_head_are_constants_of_the_graph(make):
     assert graphs_of(loss, [make(value) for value in FLOATS]) == len(FLOATS)
 
 
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_an_adapter_counts_as_much_as_without(n_pairs):
+    problem = make_problem(n_pairs=n_pairs)
+    lora = Lora(torch.randn(3, 16).requires_grad_(), torch.randn(301, 3).requires_grad_(), 0.3)
+    head = dataclasses.replace(problem.head, lora=lora)
+    leaves = (*problem.leaves, lora.a, lora.b)
+
+    def loss(hidden):
+        out = linear_policy_loss(hidden, head, problem.batch, smooth_local)
+        batch = problem.batch
+        scored = linear_logp_entropy(hidden, head, batch.targets, rows=batch.rows)
+        return out.loss + scored.logp.sum()
+
+    found = [
+        (value, *torch.autograd.grad(value, leaves))
+        for value in (torch.compile(loss, fullgraph=True, backend="aot_eager")(problem.hidden),
+                      loss(problem.hidden))
+    ]  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_values_are_flagged_where_nobody_may_look():
     """A batch built inside a graph cannot raise: the result says so."""
 

@@ -6,7 +6,18 @@ import pytest
 import torch
 from head_cases import coupled, make_problem, smooth_local
 
-from rollfuse import Head, Lora, Plan, TokenBatch, linear_logp_entropy, linear_policy_loss
+from rollfuse import (
+    Head,
+    Lora,
+    Plan,
+    Sampling,
+    TokenBatch,
+    grpo,
+    linear_logp_entropy,
+    linear_policy_loss,
+    new_streams,
+    sample_tokens,
+)
 from rollfuse.kernels import gemm
 from rollfuse.kernels import plan as plans
 from rollfuse.kernels.dispatch import backend
@@ -184,6 +195,37 @@ def test_policy_losses_agree_with_the_scorer_to_the_bit(objective, kind):
         plan=Plan(kind, dropped="score", invariant=True),
     )  # fmt: skip
     assert torch.equal(both.logp, scored.logp)
+
+
+def test_sampler_scorer_and_trainer_agree_where_they_share_the_op():
+    """The sampler draws from logits, a row at a time, and scores what it drew with the head's op.
+
+    Its own log-probs come from other products: the same within rounding, not to the bit.
+    """
+    hidden, head, _, _ = make(16, 301, n_rows=40)
+    hidden = hidden * 3.0
+    streams, plan = new_streams(7, 40), Plan(invariant=True)
+    drawn, asked = [], []
+    with torch.no_grad():
+        for row in range(40):
+            state, place = hidden[row : row + 1], torch.tensor([row])
+            logits = torch.nn.functional.linear(state, head.weight, head.bias)
+            logits = logits + 0.1 * state @ head.lora.a.t() @ head.lora.b.t()
+            drawn.append(sample_tokens(logits, streams[row : row + 1], place, Sampling(0.8)))
+            asked.append(
+                linear_logp_entropy(state, head, drawn[-1].ids, temperature=0.8, plan=plan)
+            )
+    ids = torch.cat([one.ids for one in drawn])
+    sampler = torch.cat([found.logp for found in asked])
+    scorer = linear_logp_entropy(hidden, head, ids, temperature=0.8, plan=plan).logp
+    batch = TokenBatch(
+        ids, torch.ones(40), torch.randn(40), logp_old=sampler, temperature=0.8
+    ).select(torch.randperm(40)[:33])
+    trainer = linear_policy_loss(hidden, head, batch, grpo(), plan=plan).logp
+    assert torch.equal(sampler, scorer) and torch.equal(trainer, sampler[batch.rows])
+    torch.testing.assert_close(
+        torch.cat([one.logp for one in drawn]), sampler, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_full_chunk_hands_over_what_a_filled_up_one_does():

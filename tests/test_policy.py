@@ -279,6 +279,39 @@ def test_from_logits_the_upstream_factor_counts(objective, overwrite):
     torch.testing.assert_close(thrice, 3.0 * once)
 
 
+@pytest.mark.parametrize("n_pairs", [None, 40])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_from_logits_in_several_chunks(n_pairs, overwrite, monkeypatch):
+    """Shared rows and selected pairs, whatever number of rows a chunk has."""
+    problem = make_problem(n_pairs=n_pairs)
+    batch = dataclasses.replace(problem.batch, temperature=0.8)
+    source = torch.randn(24, 301, requires_grad=True)
+    found = []
+    for rows in (24, 5, 1):
+        monkeypatch.setitem(plan._CACHE_BYTES, "cpu", rows * 301 * 4)
+        logits = source * 1.0
+        result = policy_loss(logits, batch, smooth_local, overwrite_logits=overwrite)
+        assert (result.diagnostics.n_chunks > 1) == (rows < 24)
+        found.append((result.loss, result.logp, *torch.autograd.grad(result.loss, source)))
+    for one, other in itertools.product(found[:1], found[1:]):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_small_float16_gradients_wait_for_the_loss_scale():
+    """Of logits they are as small as a weight: rounded before the upstream factor they are 0."""
+    source = torch.randn(24, 301, dtype=torch.float16, requires_grad=True)
+    problem = make_problem()
+    small = dataclasses.replace(problem.batch, weights=problem.batch.weights * 2.0**-24)
+    for overwrite in (False, True):
+        found = []
+        for batch, factor in ((small, 2.0**24), (problem.batch, 1.0)):
+            loss = policy_loss(source * 1.0, batch, smooth_local, overwrite_logits=overwrite).loss
+            found.append(torch.autograd.grad(loss * factor, source)[0])
+        assert found[1].any()
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_from_logits_a_kept_graph_is_walked_twice(factor):
     batch = make_problem().batch

@@ -90,6 +90,13 @@ def test_statistics_of_two_sets_of_columns():
         assert not logp[:6].isnan().any()
 
 
+def test_ranks_with_different_shares_plan_alike(tmp_path):
+    """They gather what each chunk found: one chunk more on a rank, and all wait for ever."""
+    found = on_ranks(shard_cases.chunks_of_a_plan, 4, tmp_path)
+    assert max(n_chunks for _, _, n_chunks in found[0]) > 1
+    assert found[1:] == found[:1] * 3
+
+
 def test_ranks_that_do_not_fit_are_told_so(tmp_path):
     first, second = on_ranks(shard_cases.messages, 2, tmp_path)
     for width, scale, _, targets, rows in (first, second):
