@@ -17,6 +17,11 @@ def need(condition: bool, name: str, needed: str, got: object) -> None:
 def need_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: need a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: need a plain tensor, got a DTensor; pass its to_local() where that holds what "
+            "belongs to this rank's batch, its full_tensor() where rows or columns are split"
+        )
 
 
 def need_float(tensor: Tensor, name: str) -> None:

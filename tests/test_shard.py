@@ -123,5 +123,12 @@ def test_weights_split_by_fsdp_are_refused_or_gathered(tmp_path):
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-7)
 
 
+def test_distributed_tensors_are_refused_by_name(tmp_path):
+    (found,) = on_ranks(shard_cases.refusals_of_distributed_tensors, 1, tmp_path)
+    names = ["hidden", "hidden", "logits", "logits", "logits", "targets", "advantages"]
+    for name, message in zip([*names, "scores", "values"], found, strict=True):
+        assert message.startswith(f"{name}: need a plain tensor, got a DTensor; pass its to_local()")
+
+
 def test_splits_cover_the_vocabulary():
     assert {sum(sizes) for sizes in SPLITS.values()} == {301}
