@@ -10,8 +10,9 @@ bytes (8 in float64) and V' = V, on a CPU rounded up to an odd multiple of 16.
 blocks: two buffers of at most 2 MiB or one row each (three under a bias or softcap), PyTorch path.
 slab: at most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand
 type. accumulators: w minus the size of the weight's dtype, times V D, and likewise for an adapter's
-r (V + D), which an invariant plan copies where it fills up the rank; beside a main_grad V D w in plan `fused`, nothing in the others. held: T D w in plan
-`unit`, in `hold` V' w (half operands: 2 V and the block maxima) a row held.
+r (V + D); beside a main_grad V D w in plan `fused`, nothing in the others. held: T D w in plan
+`unit`, in `hold` V' w (half operands: 2 V and the block maxima) a row held. An invariant plan fills
+r up to a multiple of 16, in a copy of the adapter's r (V + D).
 
 Narrow weight gradients are made when the chunk is gone, so V D w is the least; but where one chunk
 has all rows, plan `fused` makes a bfloat16 one directly, a slab of at most 32 MiB at a time. It

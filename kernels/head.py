@@ -52,7 +52,6 @@ class Lora:
     def rank(self) -> int:
         return self.a.shape[0]
 
-
     def filled_up(self, multiple: int) -> Lora:
         """The same with rows of 0 in `a` and columns of 0 in `b` up to a multiple of the rank."""
         missing = -self.rank % multiple

@@ -126,9 +126,7 @@ def test_a_rank_that_is_filled_up_has_the_same_gradients(rank, dtype):
     found = []
     for invariant in (True, False):
         plan = Plan("fused", invariant=invariant)
-        loss = linear_policy_loss(
-            problem.hidden, head, problem.batch, smooth_local, plan=plan
-        ).loss
+        loss = linear_policy_loss(problem.hidden, head, problem.batch, smooth_local, plan=plan).loss
         found.append(torch.autograd.grad(loss, leaves))
     for one, other in zip(*found, strict=True):
         assert one.shape == other.shape and one.is_contiguous()

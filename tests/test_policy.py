@@ -26,11 +26,13 @@ from rollfuse import (
     Plan,
     TokenBatch,
     explain,
+    linear_logp_entropy,
     linear_policy_loss,
+    logp_entropy,
     policy_loss,
     token_local,
 )
-from rollfuse.kernels import gemm, plan
+from rollfuse.kernels import checks, gemm, plan
 from rollfuse.kernels.dispatch import backend
 
 pytestmark = pytest.mark.kernels
@@ -669,6 +671,41 @@ def test_overwriting_a_leaf_is_refused():
     for leaf in (logits, logits.view(24, 301)):
         with pytest.raises(ValueError, match="a leaf"):
             policy_loss(leaf, problem.batch, smooth_local, overwrite_logits=True)
+
+
+def test_a_capture_in_a_cuda_graph_is_refused(monkeypatch):
+    """Meta tensors stand for a device's; what a graph replayed would be this batch's rows."""
+    hidden, weight = torch.randn(6, 16, device="meta"), torch.randn(9, 16, device="meta")
+    ones = torch.ones(6)
+    batch = TokenBatch(torch.zeros(6).long(), ones, ones, ones).to("meta")
+    logits = hidden @ weight.t()
+    calls = {
+        "hidden": [
+            lambda: linear_policy_loss(hidden, weight, batch, smooth_local),
+            lambda: linear_logp_entropy(hidden, weight, batch.targets),
+            lambda: explain(hidden, weight, batch, smooth_local),
+        ],
+        "logits": [
+            lambda: policy_loss(logits, batch, smooth_local),
+            lambda: logp_entropy(logits, batch.targets),
+        ],
+    }
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name, same in calls.items():
+        for call in same:
+            with pytest.raises(RuntimeError, match=f"CUDA graph capture: .* from {name} of rollf"):
+                call()
+    # On the CPU nothing is captured, and nobody asks a device.
+    problem = make_problem()
+    loss = linear_policy_loss(problem.hidden, problem.head, problem.batch, coupled).loss
+    loss.backward(retain_graph=True)
+    monkeypatch.setattr(checks, "refuse_capture", refused)
+    with pytest.raises(RuntimeError, match="the backward of log-probs"):
+        loss.backward()
+
+
+def refused(device, what):
+    raise RuntimeError(what)
 
 
 def test_a_changed_batch_forgets_its_host_copy():
