@@ -76,10 +76,11 @@ def test_a_row_has_the_same_bits_in_any_batch(width, vocabulary, kind, dtype, n_
 RANKS = [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 13, 15, 16, 17, 23, 25, 31, 33]
 WIDTHS = [16, 32, 48, 80, 112, 144, 240]
 VOCABULARIES = [2, 3, 5, 7, 9, 11, 15, 17, 31, 33, 65, 129, 301, 1999]
-FIRST = slice(1 if backend.name == "interpret" else None)
-ADAPTED = [(256, 301, rank) for rank in RANKS[FIRST]]
-ADAPTED += [(width, 2001, 6) for width in WIDTHS[FIRST]]
-ADAPTED += [(64, vocabulary, 5) for vocabulary in VOCABULARIES[FIRST]]
+ADAPTED = [(256, 301, rank) for rank in RANKS]
+ADAPTED += [(width, 2001, 6) for width in WIDTHS]
+ADAPTED += [(64, vocabulary, 5) for vocabulary in VOCABULARIES]
+# The products are the same in the interpreter, which takes a second for a hundred rows.
+ADAPTED = [(32, 31, 6)] if backend.name == "interpret" else ADAPTED
 
 
 @pytest.mark.parametrize(("width", "vocabulary", "rank"), ADAPTED)
@@ -107,7 +108,7 @@ def test_any_number_of_rows():
     hidden, head, targets, upstream = make(48, 301)
     plan = Plan("recompute", invariant=True)
     whole = values_and_gradient(hidden, head, targets, upstream, plan)
-    for n_rows in (1, 129) if backend.name == "interpret" else range(1, 300):
+    for n_rows in (1,) if backend.name == "interpret" else range(1, 300):
         part = values_and_gradient(
             hidden[-n_rows:], head, targets[-n_rows:], upstream[:, -n_rows:], plan
         )
