@@ -49,6 +49,11 @@ class FusedTrainer(Trainer):
             loss = linear_policy_loss(hidden, head_of(plain), batch, nll()).loss
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def predict(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "predict: need logits, which FusedTrainer never makes; use a Trainer, or evaluate()"
+        )
+
 
 def last_hidden(model: nn.Module, decoder: nn.Module, features: Mapping[str, Tensor]) -> Tensor:
     """(B, L, D), what the LM head sees; of the logits only the last position's are made.

@@ -10,6 +10,7 @@ from torch import Tensor
 from rollfuse.kernels import checks
 from rollfuse.kernels.batch import TokenBatch
 from rollfuse.kernels.costs import Problem
+from rollfuse.kernels.gemm import INVARIANT_MULTIPLE
 from rollfuse.kernels.head import Head, bare, operand_dtype
 from rollfuse.kernels.head_pass import Inputs
 from rollfuse.kernels.layout import Layout
@@ -72,9 +73,10 @@ def make_inputs(  # noqa: PLR0913
     found = bare(head)
     rows = found.all_rows(hidden.detach())
     support = pairs.support_of_slots(layout, wide)
-    return Inputs(
-        rows, found, operand, layout, picked, of_slots, support, invariant=slot_multiple > 1
-    )
+    adapter, invariant = found.lora, slot_multiple > 1
+    if invariant and adapter is not None:
+        adapter = adapter.filled_up(INVARIANT_MULTIPLE)
+    return Inputs(rows, found, operand, layout, picked, of_slots, support, adapter, invariant)
 
 
 def describe(  # noqa: PLR0913

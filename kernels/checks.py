@@ -17,6 +17,11 @@ def need(condition: bool, name: str, needed: str, got: object) -> None:
 def need_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: need a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: need a plain tensor, got a DTensor; pass its to_local() where that holds "
+            "this rank's batch, or its full_tensor() where rows or columns of it are split"
+        )
 
 
 def need_float(tensor: Tensor, name: str) -> None:
@@ -51,6 +56,15 @@ def need_shape(tensor: Tensor, shape: tuple[int, ...], name: str, meaning: str) 
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be checked at once, without a wait or a break in a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raise while a CUDA graph is captured that would keep what is worked out on the host."""
+    if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"CUDA graph capture: need ops that leave the host out, got {what} of rollfuse, which "
+            "works out its rows there; leave it out of the captured region"
+        )
 
 
 def refuse_second_derivative() -> None:

@@ -11,7 +11,8 @@ blocks: two buffers of at most 2 MiB or one row each (three under a bias or soft
 slab: at most 32 MiB of a weight that must be widened, or the whole weight rounded to a half operand
 type. accumulators: w minus the size of the weight's dtype, times V D, and likewise for an adapter's
 r (V + D); beside a main_grad V D w in plan `fused`, nothing in the others. held: T D w in plan
-`unit`, in `hold` V' w (half operands: 2 V and the block maxima) a row held.
+`unit`, in `hold` V' w (half operands: 2 V and the block maxima) a row held. An invariant plan fills
+r up to a multiple of 16, in a copy of the adapter's r (V + D).
 
 Narrow weight gradients are made when the chunk is gone, so V D w is the least; but where one chunk
 has all rows, plan `fused` makes a bfloat16 one directly, a slab of at most 32 MiB at a time. It
@@ -62,6 +63,7 @@ class Problem:
     scattered: bool = False  # each rank has 1 / n_ranks of them
     support: bool = False  # rows are cut off
     wide_hidden: bool = False  # the gradient of hidden waits in the wide dtype
+    filled_rank: int = 0  # what an invariant plan fills the rank up to
 
     @property
     def needs_head(self) -> bool:
@@ -87,7 +89,8 @@ def chunk_bytes(problem: Problem, rows: int) -> int:
     """Bytes of a chunk: its logits, its hidden rows, their gradient, and a block or slab."""
     rows_of_hidden = 1 + int(problem.needs_hidden)
     stride = row_stride(problem.vocabulary, problem.device)
-    own = problem.item * rows * (stride + rows_of_hidden * problem.width + 2 * problem.rank)
+    rank = max(problem.rank, problem.filled_rank)
+    own = problem.item * rows * (stride + rows_of_hidden * problem.width + 2 * rank)
     if problem.n_ranks > 1:
         own += problem.item * rows * (16 + 10 * problem.n_ranks)  # the exchange
     if gradient_dtype(problem.device, problem.operand) != compute_dtype(problem.operand):
@@ -99,8 +102,8 @@ def chunk_bytes(problem: Problem, rows: int) -> int:
     has_third = problem.bias or problem.softcap
     blocks = Scratch.n_bytes(rows, problem.vocabulary, problem.item, has_third=has_third)
     slab = slab_bytes(problem.vocabulary, problem.width, problem.weight_dtype, problem.operand)
-    if problem.rank:
-        of_lora = slab_bytes(problem.vocabulary, problem.rank, problem.lora_dtype, problem.operand)
+    if rank:
+        of_lora = slab_bytes(problem.vocabulary, rank, problem.lora_dtype, problem.operand)
         slab = max(slab, of_lora)
     return own + max(blocks, slab)
 
@@ -121,6 +124,9 @@ def fixed_bytes(problem: Problem, kind: str, *, slabwise: bool = False) -> int:
         total += weights * item  # until the upstream factor is known
     if problem.needs_lora:
         total += _adapter_weights(problem) * (item - min(item, problem.lora_dtype.itemsize))
+    if problem.filled_rank > problem.rank:
+        copies = problem.filled_rank * (problem.vocabulary + problem.width)
+        total += copies * problem.lora_dtype.itemsize
     if kind == "unit":
         total += problem.n_slots * problem.width * item
     return total + 64 * (problem.n_pairs + problem.n_slots)

@@ -18,6 +18,12 @@ from rollfuse.kernels.rows import compute_dtype
 # A widened slab of the weight is about this many elements: 32 MiB of float32.
 SLAB_ELEMENTS = 1 << 23
 
+# MKL sums the rows of a product alike, wherever they stand among 128, where the widths of hidden
+# states and adapters are multiples of this; the vocabulary may be any. Measured in float32 and
+# float64 over widths of 1 to 1024, ranks of 1 to 128 and vocabularies of 1 to 9999: products of 5
+# to 11 columns (float64: of an odd number), or over an odd width, differ from row to row.
+INVARIANT_MULTIPLE = 16
+
 
 # Half operands, float32 result: only some devices have them, so tests put emulations here.
 half_mm, half_addmm = torch.mm, torch.addmm

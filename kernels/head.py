@@ -52,6 +52,14 @@ class Lora:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def filled_up(self, multiple: int) -> Lora:
+        """The same with rows of 0 in `a` and columns of 0 in `b` up to a multiple of the rank."""
+        missing = -self.rank % multiple
+        if not missing:
+            return self
+        pad = torch.nn.functional.pad
+        return Lora(pad(self.a, (0, 0, 0, missing)), pad(self.b, (0, missing)), self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Head:

@@ -17,7 +17,7 @@ from rollfuse.kernels.gradient import (
     row_gradient,
     row_gradient_from_exponentials,
 )
-from rollfuse.kernels.head import BareHead, lora_operand_dtype
+from rollfuse.kernels.head import BareHead, Lora, lora_operand_dtype
 from rollfuse.kernels.layout import Chunk, Layout
 from rollfuse.kernels.rows import RowStatistics, Transform, compute_dtype
 from rollfuse.kernels.statistics import (
@@ -42,6 +42,7 @@ class Inputs:
     targets: Tensor  # (A,) int64 token ids of the layout's pairs
     temperature: Tensor  # (S,)
     support: Tensor | None = None  # (S,) nats; one pair a slot where there is one
+    adapter: Lora | None = None  # the head's, in an invariant pass of a rank that is filled up
     invariant: bool = False
 
 
@@ -86,13 +87,13 @@ class HeadPass:
         gemm.project(x, head.weight, operand, logits)
         adapted = self.adapted(x)
         if adapted is not None:
-            assert head.lora is not None
-            gemm.add_projection(adapted, head.lora.b, self._adapter_operand(), logits)
+            assert self.inputs.adapter is not None
+            gemm.add_projection(adapted, self.inputs.adapter.b, self._adapter_operand(), logits)
         return logits
 
     def adapted(self, x: Tensor) -> Tensor | None:
         """(c, r) scale * x A' of hidden rows x (c, D), wide; None without an adapter."""
-        lora = self.inputs.head.lora
+        lora = self.inputs.adapter
         if lora is None:
             return None
         out = x.new_empty((len(x), lora.rank), dtype=self.workspace.dtype)
@@ -164,7 +165,7 @@ class HeadPass:
 
     def adapter_gradient(self, dz: Tensor, scale: Tensor | None) -> Tensor | None:
         """(c, r) gradient of x A' from dz (c, V) times `scale`, wide; None without an adapter."""
-        lora = self.inputs.head.lora
+        lora = self.inputs.adapter
         if lora is None:
             return None
         out = dz.new_empty((len(dz), lora.rank), dtype=self.workspace.dtype)
@@ -175,20 +176,19 @@ class HeadPass:
         self, dz: Tensor, scale: Tensor | None, dadapted: Tensor | None, out: Tensor
     ) -> None:
         """out (c, D), wide, from dz (c, V) times `scale` and `adapter_gradient` of it."""
-        head = self.inputs.head
-        gemm.project_gradient(dz, head.weight, self.inputs.operand, out)
+        gemm.project_gradient(dz, self.inputs.head.weight, self.inputs.operand, out)
         if scale is not None:
             out /= scale
         if dadapted is not None:
-            assert head.lora is not None
-            out.addmm_(dadapted, head.lora.a.to(self._adapter_operand()).to(out.dtype))
+            assert self.inputs.adapter is not None
+            out.addmm_(dadapted, self.inputs.adapter.a.to(self._adapter_operand()).to(out.dtype))
 
     def gradient_operand(self, dz: Tensor) -> torch.dtype:
         """What B and the adapted rows are rounded to beside dz: its own dtype where it is half."""
         return dz.dtype if dz.dtype != self.workspace.dtype else self._adapter_operand()
 
     def _adapter_operand(self) -> torch.dtype:
-        lora = self.inputs.head.lora
+        lora = self.inputs.adapter
         assert lora is not None
         return lora_operand_dtype(lora, self.inputs.operand)
 

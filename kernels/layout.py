@@ -158,7 +158,9 @@ def build_layout(request: Request, device: torch.device) -> Layout:
 
     Raises:
         ValueError: a pair without row: P is not R and `rows` is None, or a row index is >= R.
+        RuntimeError: a CUDA graph is being captured, which would replay this batch's rows.
     """
+    checks.refuse_capture(device, f"a loss or log-probs from {request.name}")
     if request.rows is None:
         checks.need(
             request.n_pairs == request.n_rows,

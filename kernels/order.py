@@ -9,6 +9,9 @@ A selected NaN is refused on the CPU, on all ranks. On a device each op says wha
 
 from __future__ import annotations
 
+import numbers
+import operator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,7 +77,8 @@ def top_k_mask(
     Args:
         scores: (N,) float, infinities allowed. On a device a NaN counts as larger than all.
         mask: (N,) bool.
-        k: >= 0, of all ranks together; number or 0-d integer tensor on the device of `scores`.
+        k: from 0 to 2^63 - 1, of all ranks together; integer (numpy's, too) or 0-d integer tensor
+            on the device of `scores`.
         group: the ranks whose scores count together; None is this process alone.
 
     Returns:
@@ -83,8 +87,8 @@ def top_k_mask(
     Raises:
         TypeError, ValueError: a shape, dtype, device or (on the CPU) value is wrong.
     """
-    wanted = _number(k, "k", torch.int64, scores)
-    known = _known(k)
+    wanted = _number(_whole(k), "k", torch.int64, scores)
+    known = _known(wanted)
     checks.need(known is None or known >= 0, "k", "a value >= 0", known)
     ranked = _ranking(scores, mask, group)
     place = place_of(ranked, ranked.n_selected - wanted)
@@ -106,7 +110,8 @@ def mean_bounded_mask(
     rank before those of a higher. Where nothing stays, the bound is met.
 
     Args:
-        scores: (N,) float, infinities allowed. On a device a NaN counts as +inf.
+        scores: (N,) float, infinities allowed; the finite ones must add up within float64 (1.8e308)
+            in any order. On a device a NaN counts as +inf.
         mask: (N,) bool, the scores that the mean is of.
         bound: finite, number or 0-d float tensor on the device of `scores`.
         removable: (N,) bool, the scores that may be removed; None: all. Where that does not
@@ -171,6 +176,16 @@ def _number(value: Tensor | float, name: str, dtype: torch.dtype, scores: Tensor
         needed = "a number" if dtype.is_floating_point else "an integer"
         raise TypeError(f"{name}: need {needed} or a 0-d tensor, got {type(value).__name__}")
     return torch.full((), value, dtype=dtype, device=scores.device)
+
+
+def _whole(k: Tensor | int) -> Tensor | int:
+    """`k` as Python's integer where it is one, of whichever kind; those of int64 alone."""
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
+        return k
+    whole = operator.index(k)
+    checks.need(whole >= 0, "k", "a value >= 0", whole)
+    checks.need(whole <= torch.iinfo(torch.int64).max, "k", "a value < 2^63", whole)
+    return whole
 
 
 def _known(value: Tensor | float) -> float | None:

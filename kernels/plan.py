@@ -32,7 +32,7 @@ from rollfuse.kernels.costs import (
     held_row_bytes,
     product_flops,
 )
-from rollfuse.kernels.gemm import gradient_dtype
+from rollfuse.kernels.gemm import INVARIANT_MULTIPLE, gradient_dtype
 from rollfuse.kernels.held import holds_logits
 from rollfuse.kernels.layout import Layout, chunk_borders
 
@@ -50,8 +50,6 @@ _HELD_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _CACHE_BYTES = {"cpu": 1 << 24}
 # Rows of every chunk of an invariant plan, where a row alone costs as much as a chunk.
 _INVARIANT_ROWS = {"cpu": 128, "cuda": 512}
-# MKL was seen to sum rows of one product in different orders at widths 5, 6, 7 and 9.
-_INVARIANT_WIDTH = 16
 # A budget that leaves fewer rows than this a chunk is refused (or all rows, if there are fewer).
 _LEAST_ROWS = 16
 
@@ -69,7 +67,8 @@ class Plan:
             gradient of `hidden`, have the same bits whatever else is in the batch and however it
             is cut: chunks have one size, the last is filled up. A row alone costs a whole chunk
             (128 rows on a CPU, 512 elsewhere), several pairs of a row cost a row each, and rows
-            that turn out to have no derivative are not left out. On one machine, with one number
+            that turn out to have no derivative are not left out. The width must be a multiple of
+            16; an adapter's rank is filled up to one, in a copy. On one machine, with one number
             of threads, and as far as its BLAS treats the rows of a product alike: the tests look
             at MKL, `bench gpu` at a GPU, where three or more pairs of one row are added in no fixed
             order. What an objective makes of its vectors is its own.
@@ -142,7 +141,8 @@ def choose(problem: Problem, plan: Plan) -> PlanReport:
     if plan.invariant:
         chunk = _INVARIANT_ROWS.get(problem.device.type, 512)
         n_slots = -(-problem.n_slots // chunk) * chunk
-        problem = replace(problem, n_slots=n_slots, wide_hidden=True)
+        filled = -(-problem.rank // INVARIANT_MULTIPLE) * INVARIANT_MULTIPLE
+        problem = replace(problem, n_slots=n_slots, wide_hidden=True, filled_rank=filled)
         return _report(problem, plan, kind, reason, _within_budget(problem, plan, kind, chunk))
     rows = _even_rows(problem.n_slots, _CHUNK_ROWS.get(problem.device.type, 512))
     one_chunk = _slabwise_peak(problem, kind)
@@ -303,10 +303,10 @@ def _choose_kind(problem: Problem, plan: Plan) -> tuple[Kind, str]:
             "invariant: need operands whose gradients keep their scale, got float16, which is "
             "scaled by the largest entry of a chunk; use bfloat16"
         )
-    if plan.invariant and problem.width < _INVARIANT_WIDTH:
+    if plan.invariant and problem.width % INVARIANT_MULTIPLE:
         raise ValueError(
-            f"invariant: need hidden states of width >= {_INVARIANT_WIDTH}, got {problem.width}: a "
-            "BLAS treats rows of narrower products unlike"
+            f"invariant: need hidden states whose width is a multiple of {INVARIANT_MULTIPLE}, got "
+            f"{problem.width}: a BLAS treats the rows of other products unlike"
         )
     if requested is not None:
         return requested, "requested"

@@ -155,7 +155,9 @@ def policy_loss(
         overwrite_logits: the gradient is written over the logits, whose values are lost (in the
             forward already if the objective is token-local); it saves their size in memory. The
             logits must not be a leaf or used elsewhere, must lie in memory as (R, V) rows, and each
-            row must have one temperature and support.
+            row must have one temperature and support. A graph that is kept can be walked again only
+            where the forward made the gradient (token-local, on the CPU, not float16); elsewhere
+            the logits are gone, and torch says that a tensor was modified by an inplace operation.
 
     Returns:
         PolicyLoss, differentiable in logits.
@@ -173,6 +175,9 @@ def policy_loss(
         in_place = flat.data_ptr() == logits.data_ptr() and flat.stride(1) == 1
         needed, got = "logits that are (R, V) rows in memory", "ones that had to be copied"
         checks.need(in_place, "overwrite_logits", needed, got)
+        apart = flat.shape[0] < 2 or flat.stride(0) >= flat.shape[1]
+        needed, got = "rows of their own in memory", "rows that overlap (expand?)"
+        checks.need(apart, "overwrite_logits", needed, got)
     vocabulary = flat.shape[1]
     layout = _layout(_RowsOf("logits", flat.shape[0], flat, vocabulary), batch, objective)
     # A device would read the gradient once more to multiply it by the upstream factor, which

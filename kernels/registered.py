@@ -7,7 +7,8 @@ serves any number of tokens. The gradients are those of plan `recompute`: nothin
 kept from one op to the other.
 
 Which rows are computed is worked out on the host, so no op can be captured in a CUDA graph. They
-say so: torch.compile leaves them out of its graphs, and a capture by hand is refused.
+say so to torch.compile, which leaves them out of its graphs; `build_layout` refuses a capture by
+hand, theirs and that of the ops outside of torch.compile.
 """
 
 from __future__ import annotations
@@ -277,10 +278,5 @@ def _layout(
     vocabulary: int,
 ) -> Layout:
     need_targets_below(targets, vocabulary)
-    if rows_of.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "CUDA graph capture: need ops that leave the host out, got one of rollfuse, which "
-            "works out its rows there; leave it out of the captured region"
-        )
     request = Request(targets.shape[0], rows_of.shape[0], rows, temperature, selected)
     return build_layout(request, rows_of.device)

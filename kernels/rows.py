@@ -44,9 +44,9 @@ class Transform(NamedTuple):
 class RowStatistics(NamedTuple):
     """Per slot; float32, or float64 for float64 logits."""
 
-    top: Tensor  # (S,) largest pre(g); -inf where the whole row is
+    top: Tensor  # (S,) largest pre(g); -inf where the whole row is; may pass over a NaN
     top_column: Tensor  # (S,) int64, its column
-    rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns
+    rest: Tensor  # (S,) sum of exp(z - z_top) over all other columns; NaN if there is one
     spread: Tensor  # (S,) sum of exp(z - z_top) * (z_top - z)
 
     def rows(self, start: int, stop: int) -> RowStatistics:

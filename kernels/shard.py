@@ -88,7 +88,7 @@ def joined(low: RowStatistics, high: RowStatistics, factor: Tensor) -> RowStatis
 
     factor: (S,) from distances of pre(g) to nats.
     """
-    take_high = (high.top > low.top) | (high.top.isnan() & ~low.top.isnan())
+    take_high = high.top > low.top  # a NaN of either set gets into the sums
     best, other = (
         RowStatistics(*(torch.where(take_high, a, b) for a, b in zip(*pair, strict=True)))
         for pair in ((high, low), (low, high))

@@ -153,10 +153,10 @@ class GradientSink:
         if self.dlora_b is not None:
             adapted = run.adapted(x)
             assert adapted is not None
-            self.dlora_b.add(dz, adapted, run.gradient_operand(dz), scale, n)
+            self.dlora_b.add(dz, adapted[:, : lora.rank], run.gradient_operand(dz), scale, n)
         if self.dlora_a is not None:
             assert dadapted is not None
-            self.dlora_a.addmm_(dadapted.t(), x.to(adapter_operand).to(self.wide))
+            self.dlora_a.addmm_(dadapted[:, : lora.rank].t(), x.to(adapter_operand).to(self.wide))
 
 
 class _Accumulator:

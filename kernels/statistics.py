@@ -209,7 +209,8 @@ def target_logp(stats: RowStatistics, shifted: Tensor, slot: Tensor, target: Ten
     # The top column's own exponential is 1; subtracting another one from 1 + rest loses nothing.
     others = torch.where(is_top, rest, 1.0 + (rest - shifted.exp()).clamp_min(0.0))
     logp = -torch.logaddexp(others.log() - shifted, torch.zeros_like(shifted))
-    forbidden = (shifted <= FLOOR) | (stats.top[slot] == -torch.inf)
+    # A NaN is always in the sums; the kernels' maxima, which are compared, may not see it.
+    forbidden = ((shifted <= FLOOR) | (stats.top[slot] == -torch.inf)) & ~rest.isnan()
     return torch.where(forbidden, -torch.inf, logp)
 
 

@@ -195,6 +195,7 @@ def _parts(call: TwoPhase, kept: _Kept, dlogp: Tensor, dentropy: Tensor | None) 
     is_held = torch.arange(layout.n_slots, device=dlogp.device) < n_held
     if kept.held_tops is not None and dentropy is not None:
         is_held &= ~too_flat(kept.stats)
+    checks.refuse_capture(dlogp.device, "the backward of log-probs")
     # The one transfer of a backward.
     wanted, held = torch.stack([_with_derivative(layout, dlogp, dentropy), is_held]).cpu().numpy()
     if call.report.invariant or wanted.sum() > _WORTH_LEAVING_OUT * len(wanted):

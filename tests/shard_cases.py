@@ -11,7 +11,22 @@ from head_cases import coupled, make_problem, smooth_local
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rollfuse import Head, Lora, Plan, TokenBatch, linear_policy_loss, token_mean
+from rollfuse import (
+    Head,
+    Lora,
+    Plan,
+    TokenBatch,
+    explain,
+    linear_logp_entropy,
+    linear_policy_loss,
+    logp_entropy,
+    masked_quantile,
+    new_streams,
+    policy_loss,
+    sample_tokens,
+    segment_sums,
+    token_mean,
+)
 
 # How many columns each rank has, of 301; unequal, so that no rank can guess the others'.
 SPLITS = {1: [301], 2: [120, 181], 4: [1, 99, 121, 80]}
@@ -91,6 +106,21 @@ def without_entropy(logp: Tensor, entropy: Tensor, batch: TokenBatch) -> Tensor:
 
 def run_all(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     return [run(case, split=True) for case in cases]
+
+
+def chunks_of_a_plan() -> list[tuple[str, int, int]]:
+    """(kind, rows of a chunk, number of chunks) of plans that a budget decides."""
+    problem, _ = make({"n_rows": 200})
+    sizes, rank = SPLITS[dist.get_world_size()], dist.get_rank()
+    start = sum(sizes[:rank])
+    weight = part(problem.weight, start, start + sizes[rank])
+    head = Head(weight, part(problem.bias, start, start + sizes[rank]), group=dist.group.WORLD)
+    reports = [
+        explain(problem.hidden, head, problem.batch, objective, Plan(None, budget))
+        for objective in (smooth_local, coupled)
+        for budget in (150_000, 200_000, 250_000)
+    ]
+    return [(r.kind, r.chunk_rows, r.n_chunks) for r in reports]
 
 
 def messages() -> list[str]:
@@ -180,6 +210,40 @@ def fully_sharded() -> list[Tensor | str]:
     head = Head(weight.full_tensor(**summed), bias.full_tensor(**summed))
     linear_policy_loss(policy.body(x), head, batch, smooth_local).loss.backward()
     return [refused, weight.grad.full_tensor() / dist.get_world_size()]
+
+
+def refusals_of_distributed_tensors() -> list[str]:
+    """What an op says of a DTensor where it needs a plain tensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, batch = micro_batches()[0]
+    whole, weight = x.repeat(1, 2), torch.randn(50, 16)
+    logits = whole @ weight.t()
+
+    def spread(tensor: Tensor) -> Any:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    calls = [
+        lambda: linear_policy_loss(spread(whole), weight, batch, smooth_local),
+        lambda: linear_logp_entropy(spread(whole), weight, batch.targets),
+        lambda: policy_loss(spread(logits), batch, smooth_local),
+        lambda: logp_entropy(spread(logits), batch.targets),
+        lambda: sample_tokens(spread(logits), new_streams(0, 6), torch.arange(6)),
+        lambda: logp_entropy(logits, spread(batch.targets)),
+        lambda: replace(batch, advantages=spread(batch.advantages)),
+        lambda: masked_quantile(spread(batch.advantages), batch.weights > 0, 0.5),
+        lambda: segment_sums(spread(batch.advantages), batch.targets, 50),
+    ]
+    found = []
+    for call in calls:
+        try:
+            call()
+            found.append("nothing")
+        except TypeError as error:
+            found.append(str(error))
+    return found
 
 
 def one_process() -> dict[str, Tensor]:

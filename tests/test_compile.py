@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from rollfuse import (
     Head,
+    Lora,
     Plan,
     TokenBatch,
     grpo,
@@ -20,6 +21,7 @@ from rollfuse import (
     linear_policy_loss,
     logp_entropy,
     policy_loss,
+    token_mean,
 )
 from rollfuse.kernels import registered
 
@@ -92,6 +94,110 @@ def test_one_graph_for_any_length_and_coefficient():
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     with_work = [g for g in counter.graphs if any(n.op == "call_function" for n in g.graph.nodes)]
     assert len(with_work) == 1
+
+
+def with_borders(n_pairs):
+    """A batch with borders, and the rows of its hidden states."""
+    borders = torch.tensor([0, 2, n_pairs])
+    values = torch.rand(3, n_pairs)
+    return TokenBatch(
+        torch.randint(97, (n_pairs,)), values[0], values[1], -values[2], cu_seqlens=borders
+    ), n_pairs
+
+
+def from_padding(length):
+    """The same from padded tensors: pairs are fewer than rows."""
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[:, 0] = mask[1, 2] = False
+    batch = TokenBatch.from_padded(
+        torch.randint(97, (2, length)), mask, reduction=token_mean,
+        advantages=torch.randn(2), logp_old=-torch.rand(2, length),
+    )  # fmt: skip
+    return batch, 2 * length
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("make", [with_borders, from_padding])
+@pytest.mark.parametrize("objective", [grpo(), gspo(0.3, 0.3)])
+def test_one_graph_for_any_length_of_sequences_with_borders(objective, make, dynamic):
+    counter = CompileCounterWithBackend("eager")
+    head = Head(torch.randn(97, 8))
+
+    def loss(hidden, batch):
+        return linear_policy_loss(hidden, head, batch, objective).loss
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
+    for n in range(5, 20, 2):
+        batch, n_rows = make(n)
+        hidden = torch.randn(n_rows, 8)
+        torch.testing.assert_close(compiled(hidden, batch), loss(hidden, batch))
+    # Without dynamic=True the first length gets a graph of its own, as ever.
+    assert counter.frame_count == (1 if dynamic else 2)
+
+
+FLOATS = (0.5, 0.6, 0.7, 0.8)
+A_BATCH = TokenBatch(torch.arange(9), torch.ones(9), torch.ones(9), torch.full((9,), -5.0))
+A_WEIGHT, A, B = torch.ones(50, 8), torch.ones(2, 8), torch.ones(50, 2)
+OF_A_HEAD = [
+    lambda value: Head(A_WEIGHT, scale=value),
+    lambda value: Head(A_WEIGHT, softcap=value),
+    lambda value: Head(A_WEIGHT, lora=Lora(A, B, value)),
+]
+
+
+def graphs_of(function, arguments):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for value in arguments:
+        compiled(torch.ones(9, 8), value)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(
+    ("batch", "objective"),
+    [
+        (lambda value: A_BATCH, lambda value: grpo(eps_low=value, entropy_coef=value)),
+        (lambda value: dataclasses.replace(A_BATCH, temperature=value), lambda value: grpo()),
+        (lambda value: A_BATCH, lambda value: lambda logp, entropy, batch: -value * logp),
+    ],
+)
+def test_floats_of_objectives_and_temperatures_share_a_graph(batch, objective):
+    def loss(hidden, given):
+        return linear_policy_loss(hidden, A_WEIGHT, *given).loss
+
+    assert graphs_of(loss, [(batch(value), objective(value)) for value in FLOATS]) == 1
+
+
+@pytest.mark.parametrize("make", OF_A_HEAD)
+def test_floats_of_a_head_are_constants_of_the_graph(make):
+    """As the README says; if this falls to 1, say so there."""
+
+    def loss(hidden, head):
+        return linear_policy_loss(hidden, head, A_BATCH, grpo()).loss
+
+    assert graphs_of(loss, [make(value) for value in FLOATS]) == len(FLOATS)
+
+
+@pytest.mark.parametrize("n_pairs", [None, 40])
+def test_an_adapter_counts_as_much_as_without(n_pairs):
+    problem = make_problem(n_pairs=n_pairs)
+    lora = Lora(torch.randn(3, 16).requires_grad_(), torch.randn(301, 3).requires_grad_(), 0.3)
+    head = dataclasses.replace(problem.head, lora=lora)
+    leaves = (*problem.leaves, lora.a, lora.b)
+
+    def loss(hidden):
+        out = linear_policy_loss(hidden, head, problem.batch, smooth_local)
+        batch = problem.batch
+        scored = linear_logp_entropy(hidden, head, batch.targets, rows=batch.rows)
+        return out.loss + scored.logp.sum()
+
+    found = [
+        (value, *torch.autograd.grad(value, leaves))
+        for value in (torch.compile(loss, fullgraph=True, backend="aot_eager")(problem.hidden),
+                      loss(problem.hidden))
+    ]  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_values_are_flagged_where_nobody_may_look():

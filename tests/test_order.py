@@ -400,6 +400,11 @@ def test_bad_scores_and_masks(scores, mask, error, message):
         (top_k_mask, torch.tensor(-1), ValueError, "k: need a value >= 0"),
         (top_k_mask, 2.0, TypeError, "k: need an integer .*, got float"),
         (top_k_mask, True, TypeError, "k: need an integer .*, got bool"),
+        (top_k_mask, np.bool_(True), TypeError, "k: need an integer .*, got bool"),
+        (top_k_mask, np.float64(2), TypeError, "k: need an integer .*, got float64"),
+        (top_k_mask, 1 << 63, ValueError, "k: need a value < 2.63, got 9223372036854775808"),
+        (top_k_mask, np.uint64(1 << 63), ValueError, "k: need a value < 2.63, got 9223372036854"),
+        (top_k_mask, -(1 << 70), ValueError, "k: need a value >= 0, got -1180"),
         (top_k_mask, torch.tensor(2, device="meta"), ValueError, "k: need the device"),
         (mean_bounded_mask, INF, ValueError, "bound: need a finite value, got inf"),
         (mean_bounded_mask, NAN, ValueError, "bound: need a finite value, got nan"),
@@ -408,6 +413,12 @@ def test_bad_scores_and_masks(scores, mask, error, message):
 def test_bad_keywords(function, argument, error, message):
     with pytest.raises(error, match=message):
         function(S, M, argument)
+
+
+def test_a_number_of_any_kind_of_integer():
+    for k in (2, np.int64(2), np.uint8(2), torch.tensor(2, dtype=torch.int32)):
+        assert top_k_mask(S, every(S), k).tolist() == [False, True, True]
+    assert top_k_mask(S, every(S), (1 << 63) - 1).all()
 
 
 def test_a_bad_removable_mask():

@@ -72,6 +72,22 @@ def test_peak_bytes_with_an_adapter_and_a_main_grad(kind, dtype, has_main_grad):
     assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
 
 
+def test_peak_bytes_where_a_rank_is_filled_up():
+    """The copies of a rank of 17, 32 columns wide, are most of it."""
+    problem = make_problem(n_rows=128, width=64, vocabulary=9000, bias=False, frozen="weight")
+    head = replace(problem.head, lora=Lora(torch.randn(17, 64), torch.randn(9000, 17)))
+    arguments = (problem.hidden, head, problem.batch, smooth_local)
+    plan = Plan("recompute", invariant=True)
+
+    def run():
+        loss = linear_policy_loss(*arguments, plan=plan).loss
+        return torch.autograd.grad(loss, problem.hidden)
+
+    report = explain(*arguments, plan)
+    peak = allocated_peak(run) - problem.hidden.nbytes
+    assert 0.9 * report.peak_bytes <= peak <= 1.1 * report.peak_bytes
+
+
 def test_one_chunk_where_it_needs_no_more_than_several():
     """A bfloat16 weight's gradient is then made directly, without V D float32."""
     for n_rows, is_one in ((40, True), (1024, True), (1100, True), (1600, False)):

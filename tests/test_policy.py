@@ -26,11 +26,13 @@ from rollfuse import (
     Plan,
     TokenBatch,
     explain,
+    linear_logp_entropy,
     linear_policy_loss,
+    logp_entropy,
     policy_loss,
     token_local,
 )
-from rollfuse.kernels import gemm, plan
+from rollfuse.kernels import checks, gemm, plan
 from rollfuse.kernels.dispatch import backend
 
 pytestmark = pytest.mark.kernels
@@ -279,6 +281,39 @@ def test_from_logits_the_upstream_factor_counts(objective, overwrite):
     torch.testing.assert_close(thrice, 3.0 * once)
 
 
+@pytest.mark.parametrize("n_pairs", [None, 40])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_from_logits_in_several_chunks(n_pairs, overwrite, monkeypatch):
+    """Shared rows and selected pairs, whatever number of rows a chunk has."""
+    problem = make_problem(n_pairs=n_pairs)
+    batch = dataclasses.replace(problem.batch, temperature=0.8)
+    source = torch.randn(24, 301, requires_grad=True)
+    found = []
+    for rows in (24, 5, 1):
+        monkeypatch.setitem(plan._CACHE_BYTES, "cpu", rows * 301 * 4)
+        logits = source * 1.0
+        result = policy_loss(logits, batch, smooth_local, overwrite_logits=overwrite)
+        assert (result.diagnostics.n_chunks > 1) == (rows < 24)
+        found.append((result.loss, result.logp, *torch.autograd.grad(result.loss, source)))
+    for one, other in itertools.product(found[:1], found[1:]):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_small_float16_gradients_wait_for_the_loss_scale():
+    """Of logits they are as small as a weight: rounded before the upstream factor they are 0."""
+    source = torch.randn(24, 301, dtype=torch.float16, requires_grad=True)
+    problem = make_problem()
+    small = dataclasses.replace(problem.batch, weights=problem.batch.weights * 2.0**-24)
+    for overwrite in (False, True):
+        found = []
+        for batch, factor in ((small, 2.0**24), (problem.batch, 1.0)):
+            loss = policy_loss(source * 1.0, batch, smooth_local, overwrite_logits=overwrite).loss
+            found.append(torch.autograd.grad(loss * factor, source)[0])
+        assert found[1].any()
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_from_logits_a_kept_graph_is_walked_twice(factor):
     batch = make_problem().batch
@@ -303,6 +338,50 @@ def test_logits_that_cannot_be_overwritten_are_refused():
         with pytest.raises(ValueError, match="rows in memory, got ones that had to be copied"):
             policy_loss(logits, plain.batch, smooth_local, overwrite_logits=True)
         policy_loss(logits, plain.batch, smooth_local).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("objective", "dtype"), [(smooth_local, torch.float16), (coupled, torch.float32)]
+)
+def test_overwritten_logits_serve_one_backward(objective, dtype):
+    problem = make_problem()
+    source = torch.randn(24, 301, dtype=dtype, requires_grad=True)
+    loss = policy_loss(source * 1.0, problem.batch, objective, overwrite_logits=True).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_whose_rows_share_memory_are_not_overwritten():
+    """Repeated by expand, or windows of one vector: a row's gradient would fall into others."""
+    problem = make_problem()
+    one = torch.randn(1, 301, requires_grad=True)
+    vector = torch.randn(324, requires_grad=True)
+    for logits in (
+        (one * 1.0).expand(24, 301),
+        (one * 1.0).expand(4, 6, 301),
+        (vector * 1.0).as_strided((24, 301), (1, 1)),
+    ):
+        for objective in (smooth_local, smooth):
+            with pytest.raises(ValueError, match="rows of their own in memory, got rows that over"):
+                policy_loss(logits, problem.batch, objective, overwrite_logits=True)
+            policy_loss(logits, problem.batch, objective).loss.backward(retain_graph=True)
+    wider = (torch.randn(24, 320, requires_grad=True) * 1.0)[:, :301]
+    policy_loss(wider, problem.batch, smooth_local, overwrite_logits=True).loss.backward()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 301, 5000])
+def test_a_nan_among_the_logits_reaches_the_loss(vocabulary):
+    batch = TokenBatch(torch.zeros(2).long(), torch.ones(2), torch.ones(2), torch.ones(2))
+    for where in (slice(None), 0, vocabulary - 1):
+        source = torch.randn(2, vocabulary)
+        source[1, where] = torch.nan
+        source.requires_grad_()
+        result = policy_loss(source * 1.0, batch, smooth_local)
+        result.loss.backward()
+        assert result.loss.isnan()
+        assert result.logp.isnan().tolist() == result.entropy.isnan().tolist() == [False, True]
+        assert source.grad[0].isfinite().all() and source.grad[1].isnan().all()
 
 
 @pytest.mark.parametrize("what", ["weights", "advantages"])
@@ -592,6 +671,41 @@ def test_overwriting_a_leaf_is_refused():
     for leaf in (logits, logits.view(24, 301)):
         with pytest.raises(ValueError, match="a leaf"):
             policy_loss(leaf, problem.batch, smooth_local, overwrite_logits=True)
+
+
+def test_a_capture_in_a_cuda_graph_is_refused(monkeypatch):
+    """Meta tensors stand for a device's; what a graph replayed would be this batch's rows."""
+    hidden, weight = torch.randn(6, 16, device="meta"), torch.randn(9, 16, device="meta")
+    ones = torch.ones(6)
+    batch = TokenBatch(torch.zeros(6).long(), ones, ones, ones).to("meta")
+    logits = hidden @ weight.t()
+    calls = {
+        "hidden": [
+            lambda: linear_policy_loss(hidden, weight, batch, smooth_local),
+            lambda: linear_logp_entropy(hidden, weight, batch.targets),
+            lambda: explain(hidden, weight, batch, smooth_local),
+        ],
+        "logits": [
+            lambda: policy_loss(logits, batch, smooth_local),
+            lambda: logp_entropy(logits, batch.targets),
+        ],
+    }
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name, same in calls.items():
+        for call in same:
+            with pytest.raises(RuntimeError, match=f"CUDA graph capture: .* from {name} of rollf"):
+                call()
+    # On the CPU nothing is captured, and nobody asks a device.
+    problem = make_problem()
+    loss = linear_policy_loss(problem.hidden, problem.head, problem.batch, coupled).loss
+    loss.backward(retain_graph=True)
+    monkeypatch.setattr(checks, "refuse_capture", refused)
+    with pytest.raises(RuntimeError, match="the backward of log-probs"):
+        loss.backward()
+
+
+def refused(device, what):
+    raise RuntimeError(what)
 
 
 def test_a_changed_batch_forgets_its_host_copy():

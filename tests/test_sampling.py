@@ -4,6 +4,8 @@ Vocabularies of 1, 2 and 7 are less than any block, 300 no power of two, 5,000 m
 kernel's blocks with a part left over.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,6 +20,7 @@ from rollfuse.kernels.noise import (
     noise_words,
     row_keys,
 )
+from rollfuse.kernels.rows import RowStatistics
 from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
 
 pytestmark = pytest.mark.kernels
@@ -273,6 +276,25 @@ def test_undrawable_rows(bad: str) -> None:
     assert ((got.ids == -1).nonzero().flatten()).tolist() == [3]
     assert got.logp.isnan().nonzero().flatten().tolist() == [3]
     assert got.entropy.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_a_device_is_not_read(monkeypatch):
+    """So that a CUDA graph may capture it: nothing beside the kernel looks at a value.
+
+    Meta tensors have none to read, nor autocast.
+    """
+
+    def kernel(logits, streams, positions, inverse):
+        statistics = (torch.empty(4, device="meta") for _ in range(4))
+        return torch.empty_like(streams), RowStatistics(*statistics)
+
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(sampling_module, "draw_tokens_torch", kernel)
+    monkeypatch.setattr(sampling_module, "draw_tokens_triton", kernel, raising=False)
+    rows = torch.zeros(4, dtype=torch.int64, device="meta")
+    for temperature in (0.7, torch.ones(4, device="meta")):
+        found = sample_tokens(torch.zeros(4, 50, device="meta"), rows, rows, Sampling(temperature))
+        assert found.logp.shape == (4,)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), INF])

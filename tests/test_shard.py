@@ -9,7 +9,7 @@ from shard_cases import SPLITS, run
 
 from rollfuse.kernels.rows import RowStatistics, Transform
 from rollfuse.kernels.shard import joined
-from rollfuse.kernels.statistics import row_statistics
+from rollfuse.kernels.statistics import row_entropy, row_statistics, target_logp, target_shift
 
 pytestmark = pytest.mark.kernels
 
@@ -60,14 +60,16 @@ def test_a_split_vocabulary_equals_a_whole_one(n_ranks, tmp_path):
 
 
 def test_statistics_of_two_sets_of_columns():
-    z = torch.randn(7, 40) * 5
+    z = torch.randn(10, 40) * 5
     z[1, :15] = -torch.inf
     z[2, 15:] = -torch.inf
     z[3] = -torch.inf
     z[4, 30] = z[4, 3] = 99.0  # a tie goes to the lower column
     z[5] -= 200.0
-    z[6, 20] = torch.nan
-    factor = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0, 1.0])
+    z[6, 20] = z[7, 3] = torch.nan  # of the one or the other set,
+    z[8, 20:] = z[9, :15] = torch.nan  # all of it, or beside nothing
+    z[8, :20] = z[9, 15:] = -torch.inf
+    factor = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0])
     transform = Transform(factor)
     want = row_statistics(z, transform)
     low = row_statistics(z[:, :15].contiguous(), transform)
@@ -79,7 +81,20 @@ def test_statistics_of_two_sets_of_columns():
         torch.testing.assert_close(a[live], b[live], rtol=2e-6, atol=1e-6)
     assert got.top[3] == -torch.inf
     assert got.rest[3] == want.rest[3] == 0
-    assert got.rest[6].isnan()
+    assert row_entropy(got)[6:].isnan().all()
+    for column in (3, 20):  # a target that is forbidden, the NaN itself, or neither
+        pre, slot, target = z[:, column], torch.arange(10), torch.full((10,), column)
+        shifted = target_shift(pre, got, transform, slot)
+        logp = target_logp(got, shifted, slot, target)
+        assert logp[6:].isnan().all()
+        assert not logp[:6].isnan().any()
+
+
+def test_ranks_with_different_shares_plan_alike(tmp_path):
+    """They gather what each chunk found: one chunk more on a rank, and all wait for ever."""
+    found = on_ranks(shard_cases.chunks_of_a_plan, 4, tmp_path)
+    assert max(n_chunks for _, _, n_chunks in found[0]) > 1
+    assert found[1:] == found[:1] * 3
 
 
 def test_ranks_that_do_not_fit_are_told_so(tmp_path):
@@ -106,6 +121,14 @@ def test_weights_split_by_fsdp_are_refused_or_gathered(tmp_path):
         assert "DTensor" in refused
         assert "full_tensor(" in refused
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-7)
+
+
+def test_distributed_tensors_are_refused_by_name(tmp_path):
+    (found,) = on_ranks(shard_cases.refusals_of_distributed_tensors, 1, tmp_path)
+    names = ["hidden", "hidden", "logits", "logits", "logits", "targets", "advantages"]
+    need = "need a plain tensor, got a DTensor; pass its to_local() where"
+    for name, message in zip([*names, "scores", "values"], found, strict=True):
+        assert message.startswith(f"{name}: {need}")
 
 
 def test_splits_cover_the_vocabulary():

@@ -130,10 +130,28 @@ def test_dead_and_nan_rows():
     transform = Transform(torch.ones(3))
     logp, entropy = ours(logits, transform, None, slot, torch.tensor([0, 0, 39]))
     assert logp[0] == -torch.inf and entropy[0] == 0
-    assert logp[1].isnan() or entropy[1].isnan()
+    assert logp[1].isnan() and entropy[1].isnan()
     assert logp[2] == 0 and entropy[2] == 0
     logp, _ = ours(logits, transform, None, slot, torch.tensor([5, 0, 7]))
     assert logp[0] == -torch.inf and logp[2] == -torch.inf
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 2048, 3000])
+def test_a_nan_anywhere_spoils_the_whole_row(width):
+    """Whether the target is elsewhere, forbidden, the NaN itself or the maximum."""
+    logits = torch.randn(9, width)
+    places = [slice(None), 0, width - 1, width // 2]
+    for row, place in enumerate(places):
+        logits[row, place] = torch.nan
+        logits[row + 4] = -torch.inf
+        logits[row + 4, place] = torch.nan
+    for reach in (None, torch.full((9,), 3.0)):
+        transform = Transform(torch.rand(9) + 0.5, reach=reach)
+        for target in {0, width // 3, width - 1}:
+            column = torch.full((9,), target)
+            logp, entropy = ours(logits, transform, None, torch.arange(9), column)
+            assert logp[:8].isnan().all() and entropy[:8].isnan().all()
+            assert logp[8].isfinite() and entropy[8].isfinite()
 
 
 def test_no_rows():

@@ -208,6 +208,12 @@ def test_a_routers_loss_and_foreign_models_are_refused(tmp_path):
         FusedTrainer(Foreign(), arguments(tmp_path), collate)
 
 
+def test_predictions_are_refused(tmp_path):
+    trainer = FusedTrainer(tiny_qwen3(vocab_size=64), arguments(tmp_path), collate)
+    with pytest.raises(ValueError, match="predict: need logits, which FusedTrainer never makes"):
+        trainer.predict(examples()[:2])
+
+
 def test_shifted_labels_are_refused(tmp_path):
     trainer = FusedTrainer(tiny_qwen3(vocab_size=64), arguments(tmp_path), collate)
     batch = collate(examples()[:2])
