@@ -66,7 +66,8 @@ def tree_decode_attention(
     all, and the partial results.
 
     Args:
-        q: (N, Hq, D), float32, bfloat16, float16 (float64 on the PyTorch path), the rows of `plan`.
+        q: (N, Hq, D), the rows of `plan`, any strides; float32, bfloat16, float16, and float64 on
+            the PyTorch path.
         layer: keys and values, the rows' own ones written (`write_key_values`), in q's dtype.
         plan: of a tree that has not changed since.
         scale: of the scores; None: D ** -0.5.
@@ -89,9 +90,9 @@ def tree_decode_attention(
     checks.need(window is None or window >= 1, "window", "None or a count >= 1", window)
     checks.need(softcap is None or softcap > 0, "softcap", "None or a number > 0", softcap)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        # Both paths walk a vector of a head by steps of one.
+        q = q if q.stride(2) == 1 else q.contiguous()
         if use_triton(q) and q.dtype != torch.float64:
-            # The kernels walk a vector of a head by steps of one.
-            q = q if q.stride(2) == 1 else q.contiguous()
             sinks = None if sinks is None else sinks.float().contiguous()
             result: Tensor = attend_triton(q, *layer, plan, sinks=sinks, **options._asdict())
             return result

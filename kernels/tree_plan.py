@@ -241,11 +241,10 @@ def _summed_above(spans: Spans, values: Ints) -> Ints:
 
 def _levels(parent: Ints) -> list[Ints]:
     """The places of the nodes without a parent, of their children, of theirs and so on."""
-    depth = np.zeros_like(parent)
-    above = parent
-    while (above >= 0).any():
-        depth += above >= 0
-        above = np.where(above >= 0, parent[above], -1)
+    depths: list[int] = []
+    for above in parent.tolist():  # parents stand before their children
+        depths.append(depths[above] + 1 if above >= 0 else 0)
+    depth = np.array(depths, dtype=np.int64)
     order = np.argsort(depth, kind="stable")
     return np.split(order, np.bincount(depth).cumsum()[:-1]) if len(order) else []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import numpy as np
 import torch
 
@@ -11,20 +13,46 @@ from rollfuse.rollout.node import Node, path
 from rollfuse.rollout.token_tree import Ints, TokenTree
 
 
+class Stream:
+    """A stream that is made when it is asked for: the child of another one, or a text's of its own.
+
+    Cells of streams, not of branches: a branch does not keep those it descends from.
+    """
+
+    __slots__ = ("number", "parent", "value")
+
+    def __init__(self, value: int | None, parent: Stream | None, number: int) -> None:
+        self.value, self.parent, self.number = value, parent, number
+
+    def get(self) -> int:
+        todo: list[Stream] = []
+        cell: Stream | None = self
+        while cell is not None and cell.value is None:
+            todo.append(cell)
+            cell = cell.parent
+        above = None if cell is None else cell.value
+        for cell in reversed(todo):
+            if above is None:
+                above = int(new_streams(0, 1, first=cell.number))
+            else:
+                above = int(fork_streams(torch.tensor([above]), 1, first=cell.number))
+            cell.value, cell.parent = above, None
+        assert self.value is not None
+        return self.value
+
+
 class Branch:
     """The handle of one text in a TreeCache. A branch ends by `prune`, not by being forgotten.
 
     Attributes:
-        stream: whose noise samples this text, see `rollfuse.new_streams`. Every fork has a fresh
-            one, and so has every text that was given none.
+        stream: whose noise samples this text, see `rollfuse.new_streams`. Every fork has one of its
+            own, and so has, within its cache, every text that was given none.
     """
 
-    __slots__ = ("_lineage", "_n_forks", "_node", "_stream", "_tree")
+    __slots__ = ("_n_forks", "_node", "_stream", "_tree")
 
-    def __init__(self, tree: TokenTree, node: Node, stream: int | None) -> None:
+    def __init__(self, tree: TokenTree, node: Node, stream: Stream) -> None:
         self._tree, self._node, self._stream = tree, node, stream
-        # Where a stream that was not given comes from: the number of a parent's fork or of a root.
-        self._lineage: tuple[Branch | None, int] = (None, 0)
         self._n_forks = 0
         node.handles += 1
 
@@ -62,34 +90,33 @@ class Branch:
 
     @property
     def stream(self) -> int:
-        if self._stream is None:
-            parent, number = self._lineage
-            if parent is None:
-                self._stream = int(new_streams(0, 1, first=number))
-            else:
-                self._stream = int(fork_streams(torch.tensor([parent.stream]), 1, first=number))
-        return self._stream
+        return self._stream.get()
+
+    def is_of(self, tree: TokenTree) -> bool:
+        """Whether its text is one of this tree's."""
+        return self._tree is tree
 
     def fork(self, n: int = 1, *, at: int | None = None) -> list[Branch]:
         """`n` new branches with this one's first `at` tokens (None: all). Copies nothing.
 
         Raises:
             ValueError: `at` is past the end or negative, `n` is negative, the branch was pruned.
+            TypeError: one of them is no integer.
         """
+        n, at = index(n), len(self) if at is None else index(at)
         checks.need(n >= 0, "n", "a number of branches >= 0", n)
-        node = self._tree.node_at(self.node, len(self) if at is None else at)
-        children = [Branch(self._tree, node, None) for _ in range(n)]
-        for number, child in enumerate(children, self._n_forks):
-            child._lineage = (self, number)
+        node = self._tree.node_at(self.node, at)
+        first = self._n_forks
         self._n_forks += n
         if not n:
             self._tree.release(node)
-        return children
+        cells = (Stream(None, self._stream, first + i) for i in range(n))
+        return [Branch(self._tree, node, cell) for cell in cells]
 
     def truncate(self, at: int) -> None:
         """Drop the tokens from position `at` on; what others share of them stays theirs."""
         old = self.node
-        node = self._tree.cut(old, at)
+        node = self._tree.cut(old, index(at))
         if node is not old:
             node.handles += 1
             self._leave(old)

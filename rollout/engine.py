@@ -116,7 +116,7 @@ class Engine:
             sampling: the distribution; its temperature is one number here.
             streams: (B,) int64, the sequences' noise, prompt by prompt. Exclusive with `seed`.
             seed: makes the streams, the same ones at every call with it.
-            version: number of the policy, recorded with every token.
+            version: number of the policy, >= 0, recorded with every token.
 
         Returns:
             A Rollout of B sequences, prompt by prompt, on the CPU.
@@ -128,6 +128,7 @@ class Engine:
                 without a finite maximum.
         """
         checks.need(n >= 1, "n", "samples per prompt >= 1", n)
+        checks.need(version >= 0, "version", "a number >= 0", version)
         if isinstance(sampling.temperature, Tensor):
             raise TypeError("sampling.temperature: need one number, got a tensor")
         enough = self.max_batch is None or self.max_batch >= n

@@ -20,16 +20,21 @@ class PagePool:
         checks.need(n_pages >= 1, "n_pages", "a count >= 1", n_pages)
         self.n_pages = n_pages
         self._references = np.zeros(n_pages, dtype=np.int32)
-        # The lowest come first, so that a long text's pages follow each other.
-        self._free = list(range(n_pages - 1, -1, -1))
+        # Those from here on were never used: a long text's pages follow each other, and a pool
+        # costs no more than is used of it.
+        self._unused = 0
+        self._free: list[int] = []  # the others that are free
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        return self.n_pages - self._unused + len(self._free)
 
     def take(self, n: int) -> list[int]:
         """`n` free pages, of which there must be so many."""
-        pages = [self._free.pop() for _ in range(n)]
+        pages = [self._free.pop() for _ in range(min(n, len(self._free)))]
+        n_new = n - len(pages)
+        pages.extend(range(self._unused, self._unused + n_new))
+        self._unused += n_new
         self._references[pages] = 1
         return pages
 
@@ -52,5 +57,6 @@ class PagePool:
             raise RuntimeError(
                 f"page {page}: need {references[page]} references, got {self._references[page]}"
             )
-        if sorted(self._free) != np.flatnonzero(references == 0).tolist():
+        free = sorted(self._free) + list(range(self._unused, self.n_pages))
+        if free != np.flatnonzero(references == 0).tolist():
             raise RuntimeError("free pages: need those without references, got others")

@@ -26,6 +26,15 @@ Ints = npt.NDArray[np.int64]
 Tokens = Sequence[int] | Ints
 
 
+# The version, the last use and the number of a retained node.
+Retained = tuple[int, int, int, Node]
+
+
+def _is_valid(entry: Retained) -> bool:
+    _, last_use, _, node = entry
+    return node.is_retained and node.last_use == last_use
+
+
 class TokenTree:
     """Nodes and pages of all texts.
 
@@ -46,7 +55,7 @@ class TokenTree:
         self.changes = Changes()  # of where tokens lie
         self.shape = Changes()  # of which nodes there are, and of a node that gets shorter
         self._version = 0
-        self._retained: list[tuple[int, int, int, Node]] = []  # a heap, some entries outdated
+        self._retained: list[Retained] = []  # a heap, some entries outdated
         self._clock = 0
         # Columns, by the number of a node.
         self.length = np.zeros(16, dtype=np.int64)
@@ -201,6 +210,9 @@ class TokenTree:
         self._clock += 1
         node.is_retained, node.last_use = True, self._clock
         heapq.heappush(self._retained, (node.version, self._clock, node.number, node))
+        if len(self._retained) > 2 * len(self.length):  # most are outdated
+            self._retained = [entry for entry in self._retained if _is_valid(entry)]
+            heapq.heapify(self._retained)
 
     def release(self, node: Node | None) -> None:
         """Free `node`, and above it what it alone has held, unless something holds it."""
@@ -231,8 +243,9 @@ class TokenTree:
     def evict_one(self) -> bool:
         """Give up a retained text; False if there is none."""
         while self._retained:
-            _, last_use, _, node = heapq.heappop(self._retained)
-            if node.is_retained and node.last_use == last_use:
+            entry = heapq.heappop(self._retained)
+            if _is_valid(entry):
+                node = entry[-1]
                 node.is_retained = False
                 self.release(node)
                 return True

@@ -26,7 +26,7 @@ from rollfuse.kernels import checks
 from rollfuse.kernels.noise import need_distinct_streams
 from rollfuse.kernels.tree_attention import KeyValues, write_key_values
 from rollfuse.kernels.tree_plan import TreePlan, plan_of
-from rollfuse.rollout.branch import Branch
+from rollfuse.rollout.branch import Branch, Stream
 from rollfuse.rollout.node import Node
 from rollfuse.rollout.token_tree import Ints, Tokens, TokenTree
 from rollfuse.rollout.tree_check import Statistics, check_tree, statistics_of
@@ -184,7 +184,7 @@ class TreeCache:
             OutOfPages: too few pages are free, those of retained texts included.
             Either way nothing was changed.
         """
-        nodes = [branch.node for branch in branches]
+        nodes = self._nodes_of(branches)
         distinct = len({id(branch) for branch in branches}) == len(branches)
         checks.need(distinct, "branches", "each branch once", "one twice")
         checks.need(len(tokens) == len(nodes), "tokens", f"{len(nodes)} sequences", len(tokens))
@@ -216,7 +216,7 @@ class TreeCache:
                 for.
         """
         checks.need(len(branches) > 0, "branches", "at least one", "none")
-        ends = [branch.node for branch in branches]
+        ends = self._nodes_of(branches)
         if pure:
             _need_pure(branches, self.version)
         step = None
@@ -232,7 +232,7 @@ class TreeCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, step: TreeStep) -> None:
         """Store a layer's keys and values (N, n_kv_heads, head_dim) of the rows of `step`."""
-        _need_current(step)
+        self._need_current(step)
         slots = step.slots_on(self.device)
         write_key_values(self.layers[layer], keys, values, slots)
         if self._canary is not None and layer == 0:
@@ -248,7 +248,7 @@ class TreeCache:
 
     def commit(self, step: TreeStep) -> None:
         """The pass has been made: all layers hold the keys and values of its rows."""
-        _need_current(step)
+        self._need_current(step)
         self.tree.computed[step.numbers] = step.lengths
 
     def statistics(self) -> Statistics:
@@ -273,11 +273,21 @@ class TreeCache:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _nodes_of(self, branches: Sequence[Branch]) -> list[Node]:
+        nodes = [branch.node for branch in branches]
+        ours = all(branch.is_of(self.tree) for branch in branches)
+        checks.need(ours, "branches", "branches of this cache", "one of another")
+        return nodes
+
+    def _need_current(self, step: TreeStep) -> None:
+        ours = step.plan.changes is self.tree.changes
+        checks.need(ours, "step", "one of this cache", "one of another")
+        is_current = not step.plan.is_stale
+        checks.need(is_current, "step", "one of the tree as it is", "one before a change")
+
     def _branch(self, node: Node, stream: int | None) -> Branch:
-        branch = Branch(self.tree, node, stream)
-        branch._lineage = (None, self._n_texts)
         self._n_texts += 1
-        return branch
+        return Branch(self.tree, node, Stream(stream, None, self._n_texts - 1))
 
     def _words(self, ids: Ints, positions: Ints, versions: Ints | int) -> Tensor:
         """(n,) int64 on the device: the canary of these tokens."""
@@ -306,10 +316,6 @@ def _need_pure(branches: Sequence[Branch], version: int) -> None:
         written = sorted({v for _, v in branch.versions})
         good = written in ([], [version])
         checks.need(good, f"branches[{i}]", f"a text of version {version} alone", written)
-
-
-def _need_current(step: TreeStep) -> None:
-    checks.need(not step.plan.is_stale, "step", "one of the tree as it is", "one before a change")
 
 
 def _need_all(good: Tensor, slots: Ints, needed: str) -> None:

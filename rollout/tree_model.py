@@ -62,7 +62,9 @@ class TreeModel:
     Args:
         model: a decoder-only transformers model whose layers all attend to keys and values of
             tokens, in full or in a sliding window; left as it is. Its live weights are used: a
-            caller that changes them sets `cache.version`.
+            caller that changes them sets `cache.version`. One pass at a time. A rotary embedding
+            that adapts to the longest text of a pass (dynamic, longrope) makes the others depend on
+            it, here as in a batch of transformers.
         cache: of that model's sizes, see `tree_cache_for`.
 
     Raises:
@@ -110,7 +112,7 @@ class TreeModel:
         )
         in_order = len(last) == len(ids) and bool((step.last == np.arange(len(ids))).all())
         keep = {"logits_to_keep": last} if self._keeps_logits and not in_order else {}
-        served = _Pass(self.cache, step)
+        served = _Pass(self.cache, step, self._configs[-1])
         with evaluating(self.model), _attending(self._configs):
             out = self.model(
                 input_ids=ids.unsqueeze(0),
@@ -158,7 +160,16 @@ class _Pass:
 
     cache: TreeCache
     step: TreeStep
+    config: PreTrainedConfig
     layers: list[int] = field(default_factory=list)  # served so far
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the layer's mask would be one of a sliding window."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds:
+            return bool(kinds[layer] == "sliding_attention")
+        is_used = getattr(self.config, "use_sliding_window", True)
+        return is_used and getattr(self.config, "sliding_window", None) is not None
 
 
 def _attend(  # noqa: PLR0913  (the signature is transformers')
@@ -181,16 +192,27 @@ def _attend(  # noqa: PLR0913  (the signature is transformers')
         raise TypeError(f"model: need one that hands its keyword arguments on, got {name}")
     if attention_mask is not None or others.get("position_bias") is not None:
         raise TypeError(f"model: need attention without a mask or bias of its own, got {name}")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise TypeError(f"model: need causal attention, got {name}, which looks ahead")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if sliding_window is None and tree_pass.has_window(layer):
+        raise TypeError(
+            f"model: need attention that is told its window, got {name}, whose mask alone has it"
+        )
     cache, step = tree_pass.cache, tree_pass.step
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    keys = cache.layers[layer].keys
+    # Under autocast they come in another dtype.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(keys.dtype) for x in (query, key, value))
+    if not k.shape[1:] == v.shape[1:] == keys.shape[1:]:
+        got = f"{tuple(k.shape[1:])} and {tuple(v.shape[1:])}"
+        raise TypeError(f"model: need keys and values {tuple(keys.shape[1:])}, got {got} of {name}")
     cache.write(layer, k, v, step)
     out = tree_decode_attention(
         q, cache.layers[layer], step.plan,
         scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     tree_pass.layers.append(layer)
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0).to(query.dtype), None
 
 
 def _register() -> None:

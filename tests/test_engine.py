@@ -1,3 +1,6 @@
+from collections import deque
+
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_llama, tiny_qwen3
@@ -16,9 +19,12 @@ from transformers import (
 
 from rollfuse.kernels.noise import new_streams
 from rollfuse.kernels.sampling import Sampling, sample_tokens
+from rollfuse.rollout import decoding
+from rollfuse.rollout.decoding import Decoding, Text
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.record import Finish, Source
-from rollfuse.rollout.tree_model import tree_cache_for
+from rollfuse.rollout.tree_cache import TreeCache
+from rollfuse.rollout.tree_model import TreeModel, tree_cache_for
 
 # Lengths 1 to 9 with two equal ones, the last prompt a repetition: padding, none, and sharing.
 RAGGED = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3, 8, 4], [9]]
@@ -136,6 +142,65 @@ def test_with_little_room_texts_wait_or_are_computed_again_and_the_tokens_are_th
     assert roomy.totals.dropped == 0
     assert (engine.totals.dropped > 0) == (n_pages < 40)
     assert engine.totals.passes > roomy.totals.passes or n_pages == 40
+
+
+def test_the_shortest_response_is_dropped_and_the_others_stay_in_their_rows():
+    model = tiny_qwen3()
+    tree = TreeModel(model, tree_cache_for(model, n_pages=20))
+    texts = [
+        Text(np.array([i, i, i]), np.array(s), m)
+        for i, s, m in ((1, [4], 3), (2, [0, 7], 1), (3, [5], 2))
+    ]
+    at_work = Decoding(tree, deque(texts), longest=12)
+    at_work.logits()
+    left = at_work._drop_one(np.array([10, 20, 30]))
+    (dropped,) = at_work.waiting
+    assert dropped.tokens.tolist() == [2, 2, 2, 20]
+    assert dropped.sequences.tolist() == [0, 7] and dropped.made == 1
+    assert left.tolist() == [10, 30] and at_work.totals.dropped == 1
+    assert at_work.sequence.tolist() == [4, 5] and at_work.row.tolist() == [0, 1]
+    assert at_work.made.tolist() == [3, 2]
+    assert [branch.tokens.tolist() for branch in at_work.branches] == [[1] * 3, [3] * 3]
+    tree.cache.check()
+
+
+def test_long_prompts_are_taken_up_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(decoding, "_PREFILL", 20)
+    model = tiny_qwen3()
+    shapes = forward_rows(model)
+    prompts = [[i] * 15 for i in range(10)]
+    Engine(model, max_new_tokens=3).generate(prompts, 1, seed=0)
+    assert max(rows for _, rows in shapes) <= 2 * 15 + 10
+
+
+def test_equal_prompts_are_one_text_as_far_as_the_batch_takes_them():
+    model = tiny_qwen3()
+    shapes = forward_rows(model)
+    engine = Engine(model, max_new_tokens=5, max_batch=4)
+    made = engine.generate([[1, 2, 3]] * 4, 2, seed=4)
+    whole = Engine(model, max_new_tokens=5).generate([[1, 2, 3]] * 4, 2, seed=4)
+    assert torch.equal(made.tokens, whole.tokens)
+    assert max(rows for _, rows in shapes[1:5]) <= 4
+
+
+def test_the_cache_is_checked_at_the_end_where_all_is(monkeypatch):
+    monkeypatch.setenv("ROLLFUSE_CHECK", "1")
+    versions = []
+
+    def checked(cache):
+        versions.append(cache.version)
+
+    monkeypatch.setattr(TreeCache, "check", checked)
+    Engine(tiny_qwen3(), max_new_tokens=2).generate([[1]], 1, seed=0, version=3)
+    assert versions == [3]
+    with pytest.raises(ValueError, match="version: need a number >= 0, got -1"):
+        Engine(tiny_qwen3(), max_new_tokens=2).generate([[1]], 1, seed=0, version=-1)
+
+
+def test_a_pool_costs_what_is_used_of_it():
+    engine = Engine(tiny_qwen3(), max_new_tokens=100, stop_tokens=range(VOCABULARY))
+    made = engine.generate([[1, 2]] * 300, 16, seed=0)
+    assert made.lengths.max() == 1
 
 
 def test_a_pool_too_small_for_one_prompt_is_refused():

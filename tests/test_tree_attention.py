@@ -239,6 +239,23 @@ def test_write(n_kv_heads, width, dtype):
     assert torch.allclose(slabs, want, rtol=0, atol=0, equal_nan=True)
 
 
+def test_queries_of_any_strides_and_autocast_outside():
+    tree, slabs, plan = problem(WIDE)
+    wide = torch.randn(*slabs.q.shape[:2], 2 * slabs.q.shape[2], device=DEVICE)
+    strided = slabs._replace(q=wide[..., ::2])
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        check(tree, strided, Options(0.2), plan)
+    turned = slabs._replace(q=slabs.q.transpose(0, 1).contiguous().transpose(0, 1))
+    check(tree, turned, Options(0.2), plan)
+
+
+def test_a_plan_made_before_a_change_is_refused():
+    _, slabs, plan = problem(LONE)
+    plan.changes.count += 1
+    with pytest.raises(ValueError, match="plan: need one of the tree as it is"):
+        attend(slabs, plan, Options(0.2))
+
+
 def test_no_rows():
     plan = plan_of(Spans(*np.empty((6, 0), np.int64)))
     keys = torch.empty(4, 2, 16, device=DEVICE)

@@ -194,6 +194,114 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def test_a_pinned_text_is_not_written_over_and_its_pages_are_not_counted_as_evictable():
+    cache = small_cache(n_pages=6)
+    branch = cache.root([1, 2, 3])
+    compute(cache, [branch])
+    slots, pin = text_slots(cache, branch), branch.pin()
+    branch.truncate(1)
+    cache.append([branch], [[9, 9]])
+    compute(cache, [branch])
+    assert [cache.layers[0].keys[slot, 0, 0].item() for slot in slots] == [1, 2, 3]
+    branch.prune(retain=True)
+    found = cache.match([1, 2, 3])
+    assert len(found) == 3
+    found.prune(retain=True)
+    held = cache.statistics()
+    # Of two pages the pin holds the first; the other text's own page can go.
+    assert (held.n_pages_used, held.n_pages_evictable) == (2, 1)
+    with pytest.raises(OutOfPages, match="got 4 and 1 of retained"):
+        cache.root([5] * 24)
+    pin.release()
+    cache.root([5] * 24)
+    cache.check()
+
+
+def test_texts_of_older_versions_go_first():
+    cache = small_cache(n_pages=3)
+    texts = {}
+    for version in (0, 1):
+        cache.version = version
+        texts[version] = cache.root([version] * PAGE)
+        compute(cache, [texts[version]])
+    texts[1].prune(retain=True)
+    texts[0].prune(retain=True)  # used last, written first
+    cache.root([7] * 2 * PAGE)
+    assert cache.match([0] * PAGE, version=0) is None
+    assert cache.match([1] * PAGE) is not None
+
+
+def test_outdated_entries_of_retained_texts_do_not_pile_up():
+    cache = small_cache()
+    cache.root([1, 2]).prune(retain=True)
+    for _ in range(1000):
+        cache.match([1, 2]).prune(retain=True)
+    assert len(cache.tree._retained) <= 2 * len(cache.tree.length) + 1
+    assert cache.tree.evict_one() and not cache.tree.evict_one()
+    assert cache.tree.pool.n_free == N_PAGES
+
+
+def test_a_root_without_room_leaves_nothing():
+    cache = small_cache(n_pages=2)
+    with pytest.raises(OutOfPages):
+        cache.root(range(9))
+    assert not list(cache.tree.nodes())
+    cache.check()
+
+
+def test_the_next_plan_serves_another_order_and_what_was_not_committed():
+    cache = small_cache()
+    branches = [cache.root([i, i]) for i in range(3)]
+    compute(cache, branches)
+    cache.append(branches, np.arange(3))
+    cache.plan(branches)  # never committed
+    cache.append(branches, np.arange(3) + 10)
+    step = cache.plan(branches[::-1])
+    assert step.plan.n_rows == 6
+    assert step.ids[step.last].tolist() == [12, 11, 10]
+    cache.commit(step)
+    cache.append(branches, np.arange(3) + 20)
+    compute(cache, branches)
+    cache.append(branches, np.arange(3) + 30)
+    other = cache.plan(branches[::-1])
+    assert other.ids[other.last].tolist() == [32, 31, 30]
+
+
+def test_deep_forks_and_chains():
+    cache = small_cache(n_pages=5000, page_size=1)
+    branch = cache.root([1])
+    for i in range(3000):
+        child = branch.fork()[0]
+        other = branch.fork()[0]
+        branch.prune()
+        cache.append([child], [[i % 7]])
+        other.prune()
+        branch = child
+    compute(cache, [branch])
+    assert branch.n_computed == 3001
+    assert branch.stream != cache.root([2]).stream
+
+
+def test_another_caches_branches_and_steps_are_refused():
+    one, two = small_cache(), small_cache()
+    mine, theirs = one.root([1, 2]), two.root([3, 4])
+    step = two.plan([theirs])
+    for work in (
+        lambda: one.append([theirs], [[7]]),
+        lambda: one.append([theirs], np.array([7])),
+        lambda: one.plan([mine, theirs]),
+    ):
+        with pytest.raises(ValueError, match="branches: need branches of this cache"):
+            work()
+    with pytest.raises(ValueError, match="step: need one of this cache"):
+        one.commit(step)
+    with pytest.raises(ValueError, match="step: need one of this cache"):
+        one.write(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), step)
+    for cache in (one, two):
+        cache.check()
+    assert mine.tokens.tolist() == [1, 2] and theirs.tokens.tolist() == [3, 4]
+
+
 def test_100_000_random_operations_leak_nothing():
     draw = random.Random(0)
     naive = Naive(small_cache(n_pages=300, canary=False))
@@ -354,7 +462,7 @@ def test_a_fork_has_noise_of_its_own():
     assert [branch.stream for branch in again] == streams[1:4]
 
 
-@pytest.mark.parametrize("what", ["token", "key", "stale"])
+@pytest.mark.parametrize("what", ["token", "key", "stale", "swapped"])
 def test_self_checks_notice_a_spoiled_slot(what):
     cache = small_cache(checksum=True)
     branch = cache.root([1, 2, 3, 4, 5, 6])
@@ -365,19 +473,31 @@ def test_self_checks_notice_a_spoiled_slot(what):
         cache._canary[slot] = cache._canary[text_slots(cache, branch)[3]]
     elif what == "stale":  # the same token at the same place, by an older policy
         cache._canary[slot] = cache._words(np.array([5]), np.array([4]), np.array([-1]))[0]
-    else:
+    elif what == "key":
         cache.layers[1].values[slot, 0, 1] += 1
-    words = "the keys and values written in layer 1" if what == "key" else "the token, position and"
+    else:
+        keys, values = cache.layers[1]
+        keys[slot], values[slot] = values[slot].clone(), keys[slot].clone()
+    is_value = what in ("key", "swapped")
+    words = "the keys and values written in layer 1" if is_value else "the token, position and"
     with pytest.raises(RuntimeError, match=f"slot {slot}: need {words}"):
         cache.check()
 
 
-@pytest.mark.parametrize("broken", ["reference", "free", "length"])
+@pytest.mark.parametrize("broken", ["reference", "free", "length", "computed", "slots"])
 def test_check_notices_a_broken_tree(broken):
     cache = small_cache()
     branch = cache.root(range(6))
-    branch.fork(1, at=3)
-    if broken == "reference":
+    other = branch.fork(1, at=3)[0]
+    if broken == "computed":  # a node before the one above it
+        cache.tree.computed[branch.node.number] = 1
+    elif broken == "slots":  # two nodes over one page's slots
+        cache.append([other], [[8]])
+        page = other.node.pages[0]
+        branch.node.pages[-1], taken = page, branch.node.pages[-1]
+        cache.tree.pool.share(page)
+        cache.tree.pool.give_back([taken])
+    elif broken == "reference":
         cache.tree.pool._references[branch.node.pages[0]] -= 1
     elif broken == "free":
         cache.tree.pool._free.append(branch.node.pages[-1])
@@ -412,6 +532,14 @@ def test_bad_input_leaves_the_cache_as_it_was():
             work()
         cache.check()
         assert branch.tokens.tolist() == [1, 2, 3]
+    for work in (
+        lambda: branch.fork(1, at=1.0),
+        lambda: branch.truncate(1.5),
+        lambda: branch.fork(0.5),
+    ):
+        with pytest.raises(TypeError, match="interpreted as an integer"):
+            work()
+        cache.check()
     pin = branch.pin()
     pin.release()
     with pytest.raises(ValueError, match="pin: need one that holds"):

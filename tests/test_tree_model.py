@@ -37,6 +37,8 @@ from transformers import (
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -258,6 +260,42 @@ REFUSED = {
 def test_models_that_cannot_be_served_are_refused_by_name(words):
     with pytest.raises(TypeError, match=words):
         need_tree_model(REFUSED[words]())
+
+
+def test_windows_that_only_a_mask_knows_are_refused():
+    model = small(
+        Qwen2MoeForCausalLM, Qwen2MoeConfig, num_hidden_layers=1, use_sliding_window=True,
+        sliding_window=4, layer_types=["sliding_attention"], num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    tree = TreeModel(model, tree_cache_for(model, n_pages=10))
+    with pytest.raises(TypeError, match="attention that is told its window, got Qwen2MoeAttention"):
+        tree.forward([tree.cache.root(range(12))])
+
+
+def test_attention_that_looks_ahead_is_refused():
+    model = small(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=8, use_bidirectional_attention=True)
+    tree = TreeModel(model, tree_cache_for(model, n_pages=10))
+    with pytest.raises(TypeError, match="need causal attention, got Gemma3Attention"):
+        tree.forward([tree.cache.root([1, 2])])
+
+
+def test_autocast_outside_changes_little():
+    model = tiny_qwen3()
+    tree = TreeModel(model, tree_cache_for(model, n_pages=10))
+    branch = tree.cache.root([1, 2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree.forward([branch])[0]
+    expected = plain_logits(model, branch.tokens)
+    assert 0 < float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+def test_dropout_is_off_inside():
+    model = gpt2().train()  # its config drops a tenth
+    tree = TreeModel(model, tree_cache_for(model, n_pages=10))
+    branch = tree.cache.root([1, 2, 3])
+    found = tree.forward([branch])[0]
+    assert torch.allclose(found, plain_logits(model.eval(), branch.tokens), rtol=0, atol=2e-5)
 
 
 def test_a_model_whose_attention_goes_another_way_is_refused():
