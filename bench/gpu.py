@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rollfuse import TokenBatch, grpo, policy_loss
-from rollfuse.bench import card, measure, report
+from rollfuse.bench import card, measure, report, tree_card
 from rollfuse.bench.cases import Case, grid
 from rollfuse.bench.choice import first_line
 from rollfuse.bench.head import Settings, measure_case
@@ -123,7 +124,8 @@ def main(argv: list[str]) -> int:
 def _check(device: torch.device, until: float, result: dict[str, object]) -> bool:
     """Whether every check passed; `result` gets them."""
     checks: list[card.Result] = []
-    ended = attempt(lambda: checks.extend(map(_shown, card.run_checks(device))), until)
+    both = chain(card.run_checks(device), tree_card.run_checks(device))
+    ended = attempt(lambda: checks.extend(map(_shown, both)), until)
     if isinstance(ended, Unmeasured):
         checks.append(_shown(card.Result("the checks that follow", ended.reason)))
     result["checks"] = [check._asdict() for check in checks]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rollfuse.bench import card, gpu, measure
+from rollfuse.bench import card, gpu, measure, tree_card
 from rollfuse.bench.cases import Case
 from rollfuse.bench.report import FLOOR, Row
 
@@ -34,6 +34,7 @@ def fake_gpu(monkeypatch, tmp_path):
     facts = {"device": device, "versions": {}, "commit": None, "command": "bench gpu"}
     monkeypatch.setattr(measure, "provenance", lambda command, device: facts)
     monkeypatch.setattr(card, "run_checks", lambda device: iter([card.Result("a", None)]))
+    monkeypatch.setattr(tree_card, "run_checks", lambda device: iter([]))
     monkeypatch.setattr(gpu, "_from_logits", lambda device: {"tokens": 1})
     monkeypatch.setattr(gpu, "cases", lambda: CASES)
     path = tmp_path / "gpu.json"
