@@ -117,7 +117,8 @@ def test_recorder_puts_steps_in_sequence_order():
     def add(sequence, step, ids, finish):
         values = torch.tensor(ids, dtype=torch.float32)
         drawn = Sampled(torch.tensor(ids), -values, values / 2)
-        recorder.add(np.array(sequence), step, drawn, np.array(ids), finish)
+        steps = np.full(len(sequence), step)
+        recorder.add(np.array(sequence), steps, drawn, np.array(ids), finish)
 
     add([2, 0, 1], 0, [20, 0, 10], np.array([RUNNING, Finish.STOP, RUNNING], dtype=np.uint8))
     add([1, 2], 1, [11, 21], np.array([RUNNING, Finish.STOP_STRING], dtype=np.uint8))
