@@ -76,7 +76,7 @@ def tree_decode_attention(
         sinks: (Hq,), a logit of each head that takes part in the softmax and has no value.
 
     Returns:
-        (N, Hq, D), q's dtype.
+        (N, Hq, D), q's dtype, contiguous.
 
     Raises:
         ValueError: shapes, devices or numbers do not fit each other or the plan; a stale plan.
@@ -163,7 +163,7 @@ def attend_torch(
     for i, part in enumerate(parts[1:], 2):
         merged = _joined(merged, part, is_last=i == len(parts) and sinks is None)
     if sinks is None:
-        return merged.out.to(q.dtype)
+        return merged.out.to(q.dtype).contiguous()
     share = torch.sigmoid(merged.lse - sinks.to(merged.lse.dtype))
     return (merged.out * share.unsqueeze(-1)).to(q.dtype)
 

@@ -240,13 +240,18 @@ def test_write(n_kv_heads, width, dtype):
 
 
 def test_queries_of_any_strides_and_autocast_outside():
-    tree, slabs, plan = problem(WIDE)
-    wide = torch.randn(*slabs.q.shape[:2], 2 * slabs.q.shape[2], device=DEVICE)
-    strided = slabs._replace(q=wide[..., ::2])
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        check(tree, strided, Options(0.2), plan)
-    turned = slabs._replace(q=slabs.q.transpose(0, 1).contiguous().transpose(0, 1))
-    check(tree, turned, Options(0.2), plan)
+    # One row a text, as in decoding: there queries reach the product as they came.
+    slots = np.random.permutation(N_SLOTS)[:51]
+    columns = np.array([[-1, 1, 0, 31, 1], [-1, 2, 0, 20, 1]]).T
+    single = Tree(Spans(*columns, slots=slots), [slots[:31], slots[31:]])
+    for tree in (single, tree_of(*WIDE)):
+        plan = plan_of(tree.spans, group=4)
+        slabs = slabs_of(tree, 4, 64, torch.float32)
+        wide = torch.randn(*slabs.q.shape[:2], 2 * slabs.q.shape[2], device=DEVICE)
+        turned = slabs.q.transpose(0, 1).contiguous().transpose(0, 1)
+        for q in (wide[..., ::2], turned):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                check(tree, slabs._replace(q=q), Options(0.2), plan)
 
 
 def test_a_plan_made_before_a_change_is_refused():
