@@ -14,7 +14,7 @@ from rollfuse.kernels.gemm import INVARIANT_MULTIPLE
 from rollfuse.kernels.head import Head, bare, operand_dtype
 from rollfuse.kernels.head_pass import Inputs
 from rollfuse.kernels.layout import Layout
-from rollfuse.kernels.rows import compute_dtype
+from rollfuse.kernels.rows import compute_dtype, widened
 from rollfuse.kernels.sink import Needs
 
 
@@ -26,15 +26,11 @@ class OfPairs(NamedTuple):
     support: Tensor | None = None
 
     def support_of_slots(self, layout: Layout, dtype: torch.dtype) -> Tensor | None:
-        """(S,) for a layout with one pair a slot: each brings its own target.
-
-        A little more than was asked for, so that a token on the border stays whichever way its
-        logit was rounded.
-        """
+        """(S,) for a layout with one pair a slot: each brings its own target. Widened."""
         if self.support is None:
             return None
         assert layout.one_per_slot
-        return layout.pick(self.support.to(dtype)) * (1.0 + 1e-5) + 1e-6
+        return widened(layout.pick(self.support.to(dtype)))
 
 
 def of_pairs(batch: TokenBatch) -> OfPairs:

@@ -64,6 +64,7 @@ class Problem:
     support: bool = False  # rows are cut off
     wide_hidden: bool = False  # the gradient of hidden waits in the wide dtype
     filled_rank: int = 0  # what an invariant plan fills the rank up to
+    scratch_bytes: int = 0  # what an op that draws or ranks needs beside a chunk's logits
 
     @property
     def needs_head(self) -> bool:
@@ -97,7 +98,8 @@ def chunk_bytes(problem: Problem, rows: int) -> int:
         # Products at the half type's own rate: the whole weight is rounded once, if it must be.
         same = problem.weight_dtype == problem.operand
         weights = problem.vocabulary * problem.width
-        return own + (0 if same else weights * problem.operand.itemsize)
+        rounded = 0 if same else weights * problem.operand.itemsize
+        return own + max(rounded, problem.scratch_bytes)
     # Blocks serve the passes over logits, slabs the products: never both at once.
     has_third = problem.bias or problem.softcap
     blocks = Scratch.n_bytes(rows, problem.vocabulary, problem.item, has_third=has_third)
@@ -105,7 +107,7 @@ def chunk_bytes(problem: Problem, rows: int) -> int:
     if rank:
         of_lora = slab_bytes(problem.vocabulary, rank, problem.lora_dtype, problem.operand)
         slab = max(slab, of_lora)
-    return own + max(blocks, slab)
+    return own + max(blocks, slab, problem.scratch_bytes)
 
 
 def fixed_bytes(problem: Problem, kind: str, *, slabwise: bool = False) -> int:

@@ -100,9 +100,17 @@ class HeadPass:
         gemm.project(x, lora.a, self._adapter_operand(), out)
         return out.mul_(lora.scale)
 
+    def transform(self, chunk: Chunk) -> Transform:
+        """From the chunk's products to the z of its softmaxes."""
+        inputs, slots = self.inputs, slice(chunk.start, chunk.stop)
+        support = None if inputs.support is None else inputs.support[slots]
+        dtype = self.workspace.dtype
+        temperature = inputs.temperature[slots]
+        return inputs.head.transform(temperature, dtype, support, invariant=inputs.invariant)
+
     def score(self, chunk: Chunk, logits: Tensor, keep: Exponentials | None = None) -> Scored:
         """Statistics of the chunk, and log-probs and entropies of its pairs."""
-        inputs, transform = self.inputs, self._transform(chunk)
+        inputs, transform = self.inputs, self.transform(chunk)
         stats = row_statistics(logits, transform, keep=keep)
         slot, column = self._places(chunk)
         shard = inputs.head.shard
@@ -126,7 +134,7 @@ class HeadPass:
         pairs = slice(chunk.first, chunk.last)
         stats = stats.rows(chunk.start, chunk.stop)
         targets = self._targets(slot, column, pre[pairs], logp[pairs])
-        return Scored(self._transform(chunk), stats, targets, row_entropy(stats)[slot])
+        return Scored(self.transform(chunk), stats, targets, row_entropy(stats)[slot])
 
     def gradient(
         self,
@@ -199,13 +207,6 @@ class HeadPass:
             return Targets(slot, column, pre, logp, one_per_slot)
         mine, here = shard.owned(column, n_columns)
         return Targets(slot, torch.where(mine, here, n_columns), pre, logp, one_per_slot, True)
-
-    def _transform(self, chunk: Chunk) -> Transform:
-        inputs, slots = self.inputs, slice(chunk.start, chunk.stop)
-        support = None if inputs.support is None else inputs.support[slots]
-        dtype = self.workspace.dtype
-        temperature = inputs.temperature[slots]
-        return inputs.head.transform(temperature, dtype, support, invariant=inputs.invariant)
 
     def _places(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(slot in the chunk (a,), target (a,)) of the chunk's pairs."""

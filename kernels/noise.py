@@ -17,7 +17,7 @@ differs in the keys.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import torch
 from torch import Tensor
@@ -39,13 +39,28 @@ class Purpose(IntEnum):
     """What a word is for: one (stream, position) serves each purpose with noise of its own.
 
     A value once given is never reused, because recorded rollouts are re-verified by it. New
-    purposes (acceptance uniforms, a fresh stream after a rejection) take the next free number.
-    There is no 0: mix64(0) is 0, and stream 0 would have all-zero bits for token 0 at position 0.
+    purposes take the next free number. There is no 0: mix64(0) is 0, and stream 0 would have
+    all-zero bits for token 0 at position 0.
     """
 
     SAMPLE = 1
     FORK = 2
     SEED = 3
+    ACCEPT = 4  # uniforms that decide whether a draft's token is accepted
+    RESIDUAL = 5  # what is drawn in the place of a rejected token
+    RENEW = 6  # the stream that takes over where a text left its draft
+    REFRESH = 7  # uniforms that decide which sequences start without their older responses
+
+
+class NoiseFamily(Enum):
+    """Whose noise tokens are drawn with; see `rollfuse.kernels.sampling_noise`.
+
+    ROLLFUSE is this module's. VLLM is that of vLLM's V2 model runner: a stream is the seed of a
+    request, and what stock vLLM drew with a seed is drawn here again, or verified.
+    """
+
+    ROLLFUSE = "rollfuse"
+    VLLM = "vllm"
 
 
 def row_keys(streams: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
@@ -66,7 +81,7 @@ def row_keys(streams: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     if streams.dtype != torch.int64:
         raise TypeError(f"streams: need int64, got {streams.dtype}")
     checks.need_int(positions, "positions")
-    return _mix64(_mix64(streams + _signed(PURPOSE_STEP * purpose, 64)) ^ positions)
+    return _mix64(_mix64(streams + signed(PURPOSE_STEP * purpose, 64)) ^ positions)
 
 
 def noise_words(keys: Tensor, tokens: Tensor) -> Tensor:
@@ -82,10 +97,10 @@ def noise_words(keys: Tensor, tokens: Tensor) -> Tensor:
     low = keys.to(torch.int32).unsqueeze(-1)
     high = (keys >> 32).to(torch.int32).unsqueeze(-1)
     # x ^ x >> 16 distributes over the xor with the key: its token part serves all rows.
-    x = _fold(tokens.to(torch.int32) * _signed(TOKEN_STEP, 32), 16) ^ _fold(low, 16)
+    x = fold(tokens.to(torch.int32) * signed(TOKEN_STEP, 32), 16) ^ fold(low, 16)
     x = x.mul_(MIX_1).add_(high)
-    x = _fold_(x, 15).mul_(_signed(MIX_2, 32))
-    return _fold_(x, 16)
+    x = fold_(x, 15).mul_(signed(MIX_2, 32))
+    return fold_(x, 16)
 
 
 def uniforms(words: Tensor) -> Tensor:
@@ -133,7 +148,7 @@ def new_streams(seed: int, n: int, *, first: int = 0) -> Tensor:
     """
     checks.need(-(2**63) <= seed < 2**64, "seed", "an integer of 64 bits", seed)
     numbers = _numbers(n, first, torch.device("cpu"))
-    return row_keys(torch.full_like(numbers, _signed(seed, 64)), numbers, Purpose.SEED)
+    return row_keys(torch.full_like(numbers, signed(seed, 64)), numbers, Purpose.SEED)
 
 
 def fork_streams(streams: Tensor, n: int, *, first: int = 0) -> Tensor:
@@ -159,6 +174,22 @@ def fork_streams(streams: Tensor, n: int, *, first: int = 0) -> Tensor:
     checks.need(streams.dim() == 1, "streams", "shape (B,)", tuple(streams.shape))
     numbers = _numbers(n, first, streams.device)
     return row_keys(streams.unsqueeze(-1), numbers, Purpose.FORK)
+
+
+def renewed_streams(streams: Tensor, positions: Tensor) -> Tensor:
+    """Streams that go on for `streams` from `positions` on, with noise that nothing has used.
+
+    A text that was drawn again with the noise of an older one, and came out different from some
+    position on, goes on with this: the old noise has been seen by whoever trained on the old text.
+
+    Args:
+        streams: int64.
+        positions: int64 or int32, broadcastable with `streams`: where the new noise begins.
+
+    Returns:
+        int64, the broadcast shape.
+    """
+    return row_keys(streams, positions, Purpose.RENEW)
 
 
 def need_distinct_streams(streams: Tensor, groups: Tensor | None = None) -> None:
@@ -196,24 +227,24 @@ def _numbers(n: int, first: int, device: torch.device) -> Tensor:
     return torch.arange(first, first + n, dtype=torch.int64, device=device)
 
 
-def _signed(value: int, bits: int) -> int:
+def signed(value: int, bits: int) -> int:
     """The signed integer with the lowest `bits` bits of `value`: torch has no unsigned products."""
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def _fold(x: Tensor, shift: int) -> Tensor:
+def fold(x: Tensor, shift: int) -> Tensor:
     """x ^ x >> shift on unsigned bits: the sign that a signed shift copies in is masked out."""
     bits = 64 if x.dtype == torch.int64 else 32
     return x ^ ((x >> shift) & ((1 << (bits - shift)) - 1))
 
 
-def _fold_(x: Tensor, shift: int) -> Tensor:
-    """`_fold` of int32 in place."""
+def fold_(x: Tensor, shift: int) -> Tensor:
+    """`fold` of int32 in place."""
     return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
 def _mix64(x: Tensor) -> Tensor:
-    x = _fold(x, 30) * _signed(MIX64_1, 64)
-    x = _fold(x, 27) * _signed(MIX64_2, 64)
-    return _fold(x, 31)
+    x = fold(x, 30) * signed(MIX64_1, 64)
+    x = fold(x, 27) * signed(MIX64_2, 64)
+    return fold(x, 31)

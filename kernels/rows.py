@@ -34,6 +34,11 @@ class Transform(NamedTuple):
     reach: Tensor | None = None  # (S,) how far pre(g) may be below the maximum; past it p is 0
     invariant: bool = False  # an element's exponential has the same bits wherever it lies
 
+    def cut(self, support: Tensor) -> Transform:
+        """With no probability further than `support` (S,) nats below the maximum."""
+        reach = widened(support) / self.factor
+        return Transform(self.factor, self.bias, self.pre_scale, reach, self.invariant)
+
     def rows(self, start: int, stop: int) -> Transform:
         # Written out: torch.compile of torch 2.11 cannot trace `_replace`.
         reach = None if self.reach is None else self.reach[start:stop]
@@ -51,6 +56,14 @@ class RowStatistics(NamedTuple):
 
     def rows(self, start: int, stop: int) -> RowStatistics:
         return RowStatistics(*(field[start:stop] for field in self))
+
+
+def widened(support: Tensor) -> Tensor:
+    """A little more than was asked for: a token on the border stays however its logit was rounded.
+
+    Samplers cut where losses cut that replay them: both take this.
+    """
+    return support * (1.0 + 1e-5) + 1e-6
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,6 +53,17 @@ class Shard:
         assert whole is not None
         return whole, torch.stack([part[4 * n_slots :] for part in parts]).amax(0)
 
+    def winners(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """(c,) int64 ids of the best of all ranks' scores (c,), the lowest ones of ties.
+
+        ids: (c,), of the whole vocabulary, what each score is of.
+        """
+        packed = torch.stack([scores.double(), ids.double()])  # exact up to 2^53
+        scores_of_ranks, ids_of_ranks = self._gather(packed).unbind(1)
+        best = scores_of_ranks.max(0, keepdim=True).values
+        behind = scores_of_ranks != best  # all of them beside a NaN, which the statistics know of
+        return ids_of_ranks.masked_fill(behind, self.total - 1).amin(0).long()
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """(ranks * n, D) from each rank's (n, D).
 

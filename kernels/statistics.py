@@ -111,10 +111,12 @@ def first_argmax(scores: Tensor) -> Tensor:
 class Scratch:
     """Block-sized buffers, reused for every block of rows; the third under bias or softcap."""
 
-    def __init__(self, logits: Tensor, transform: Transform) -> None:
+    def __init__(
+        self, logits: Tensor, transform: Transform, block_elements: int = _BLOCK_ELEMENTS
+    ) -> None:
         n_slots = transform.factor.shape[0]
         width = logits.shape[1]
-        self.block_rows = max(1, min(n_slots, _BLOCK_ELEMENTS // max(width, 1)))
+        self.block_rows = max(1, min(n_slots, block_elements // max(width, 1)))
         dtype = compute_dtype(logits.dtype)
         self.first = logits.new_empty((self.block_rows, width), dtype=dtype)
         self.second = torch.empty_like(self.first)

@@ -8,11 +8,14 @@ import contextlib
 
 import pytest
 import torch
+from sampling_cases import DEVICE, FEW, INF, ROWS, check, inputs
 from torch.overrides import TorchFunctionMode
 
-from rollfuse.kernels import sampling as sampling_module
+from rollfuse.kernels import drawing, truncation
 from rollfuse.kernels.dispatch import backend
+from rollfuse.kernels.drawing import Noise, draw_tokens_torch
 from rollfuse.kernels.noise import (
+    NoiseFamily,
     Purpose,
     fork_streams,
     gumbels,
@@ -20,57 +23,10 @@ from rollfuse.kernels.noise import (
     noise_words,
     row_keys,
 )
-from rollfuse.kernels.rows import RowStatistics
-from rollfuse.kernels.sampling import Sampled, Sampling, sample_tokens
+from rollfuse.kernels.rows import RowStatistics, Transform
+from rollfuse.kernels.sampling import Sampling, sample_tokens
 
 pytestmark = pytest.mark.kernels
-
-DEVICE = "cuda" if backend.name in ("cuda", "rocm") else "cpu"
-# The interpreter takes some 10 ms a row.
-ROWS, FEW = (150, 8) if backend.name == "interpret" else (5000, 40)
-INF = float("inf")
-
-
-def inputs(
-    n_rows: int, n_cols: int, scale: float = 3.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(n_rows * n_cols)
-    logits = torch.randn(n_rows, n_cols, generator=generator) * scale
-    positions = torch.randint(0, 40_000, (n_rows,), generator=generator)
-    return logits.to(DEVICE), new_streams(n_cols, n_rows).to(DEVICE), positions.to(DEVICE)
-
-
-def scores(z: torch.Tensor, streams: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """z + Gumbel noise in float64, from the words alone."""
-    keys = row_keys(streams, positions, Purpose.SAMPLE)
-    words = noise_words(keys, torch.arange(z.shape[1], device=z.device)).long() & (2**32 - 1)
-    u = (words.double() + 0.5) * 2.0**-32
-    return z - (-(-u).log1p()).log()
-
-
-def check(
-    got: Sampled,
-    logits: torch.Tensor,
-    streams: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor | float = 1.0,
-) -> None:
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.double().unsqueeze(1)
-    z = logits.double() / temperature
-    score = scores(z, streams, positions)
-    # Rounded scores may swap two tokens closer than a few ulp of the largest: near-ties.
-    drawn = score.gather(1, got.ids.unsqueeze(1)).squeeze(1)
-    swapped = got.ids != score.argmax(1)
-    assert (score.amax(1) - drawn).max() <= 4e-6
-    assert int(swapped.sum()) <= 1 + logits.shape[0] // 1000
-    logps = z.log_softmax(1)
-    logp = logps.gather(1, got.ids.unsqueeze(1)).squeeze(1)
-    entropy = -torch.where(z == -INF, 0.0, logps.exp() * logps).sum(1)
-    assert got.ids.dtype == torch.int64
-    assert got.logp.dtype == got.entropy.dtype
-    assert torch.allclose(got.logp.double(), logp, rtol=2e-6, atol=2e-6)
-    assert torch.allclose(got.entropy.double(), entropy, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("n_cols", [1, 2, 7, 300, 5000])
@@ -79,7 +35,7 @@ def test_draws_equal_float64(n_cols: int) -> None:
     temperature = torch.linspace(0.3, 2.0, FEW, device=DEVICE)
     for value in (1.0, 0.7, temperature):
         got = sample_tokens(logits, streams, positions, Sampling(value))
-        check(got, logits, streams, positions, value)
+        check(got, logits, streams, positions, Sampling(value))
     shared = sample_tokens(logits, streams, positions, Sampling(0.7))
     each = sample_tokens(
         logits, streams, positions, Sampling(torch.full((FEW,), 0.7, device=DEVICE))
@@ -97,7 +53,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     logits, streams, positions = inputs(FEW, 300)
     logits = logits.to(dtype)
     got = sample_tokens(logits, streams, positions, Sampling(0.8))
-    check(got, logits, streams, positions, 0.8)
+    check(got, logits, streams, positions, Sampling(0.8))
     assert got.logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -202,19 +158,29 @@ def test_strided_logits() -> None:
     check(one, logits[:1].expand(12, -1), streams, positions)
 
 
-def test_draws_follow_softmax() -> None:
-    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    logits = (p.log() * 0.5).float().expand(ROWS, -1).to(DEVICE)
-    positions = torch.arange(ROWS, device=DEVICE)
-    streams = new_streams(2, 1).to(DEVICE).expand(ROWS)
-    ids = sample_tokens(logits, streams, positions, Sampling(0.5)).ids.cpu()
-    counts = torch.bincount(ids, minlength=4).double()
-    assert float(((counts - p * ROWS) ** 2 / (p * ROWS)).sum()) < 16.3  # chance 1e-3
+@pytest.mark.skipif(backend.name == "cpu", reason="needs a Triton backend")
+@pytest.mark.parametrize("family", list(NoiseFamily))
+def test_kernel_draws_what_pytorch_draws(family: NoiseFamily) -> None:
+    n_rows, n_cols = 200, 64
+    logits, _, positions = inputs(n_rows, n_cols)
+    factor = torch.linspace(0.5, 2.0, n_rows, device=DEVICE)
+    bias = torch.randn(n_cols, device=DEVICE)
+    noise = Noise(new_streams(1, 2 * n_rows).view(-1, 2).to(DEVICE), positions, family)
+    for transform in (
+        Transform(factor),
+        Transform(factor, bias, 0.2).cut(torch.full((n_rows,), 2.0, device=DEVICE)),
+    ):
+        found = drawing.draw_tokens_triton(logits, transform, noise, 7)
+        want = draw_tokens_torch(logits, transform, noise, 7)
+        assert int((found[0] != want[0]).sum()) <= 1
+        assert torch.allclose(found[1], want[1], rtol=2e-6, atol=2e-6)
+        for a, b in zip(found[2], want[2], strict=True):
+            assert torch.allclose(a, b, rtol=2e-6, atol=2e-6)
 
 
 def test_no_rows() -> None:
     got = sample_tokens(*inputs(0, 10))
-    assert [x.shape for x in got] == [(0,)] * 3
+    assert [x.shape for x in got] == [(0,)] * 4
 
 
 def test_no_gradient() -> None:
@@ -242,16 +208,18 @@ class LargestResult(TorchFunctionMode):
 
 def test_memory_is_bounded_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, streams, positions = (x.cpu() for x in inputs(1200, 1000))
-    inverse = torch.ones(1200)
+    transform = Transform(torch.ones(1200))
+    noise = Noise(streams.unsqueeze(1), positions, NoiseFamily.ROLLFUSE)
     with LargestResult(logits) as largest:
         torch.softmax(logits, 1)
         assert largest.n_bytes == 4 * logits.numel()  # the watch works
     with LargestResult(logits) as largest:
-        whole, _ = sampling_module.draw_tokens_torch(logits, streams, positions, inverse)
+        whole = draw_tokens_torch(logits, transform, noise, 0)
     assert 4 * 100_000 < largest.n_bytes <= 4 << 19
-    monkeypatch.setattr(sampling_module, "_BLOCK_ELEMENTS", 7 * 1000)
-    parts, _ = sampling_module.draw_tokens_torch(logits, streams, positions, inverse)
-    assert torch.equal(parts, whole)
+    monkeypatch.setattr(drawing, "_BLOCK_ELEMENTS", 7 * 1000)
+    parts = draw_tokens_torch(logits, transform, noise, 0)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "all -inf", "nan before a finite block"])
@@ -284,17 +252,29 @@ def test_a_device_is_not_read(monkeypatch):
     Meta tensors have none to read, nor autocast.
     """
 
-    def kernel(logits, streams, positions, inverse):
+    def kernel(logits, transform, noise, first_token):
         statistics = (torch.empty(4, device="meta") for _ in range(4))
-        return torch.empty_like(streams), RowStatistics(*statistics)
+        scores = torch.empty(4, device="meta")
+        return torch.empty_like(noise.positions), scores, RowStatistics(*statistics)
+
+    def cut(logits, transform, top_k, top_p):
+        return torch.empty_like(transform.factor)
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(sampling_module, "draw_tokens_torch", kernel)
-    monkeypatch.setattr(sampling_module, "draw_tokens_triton", kernel, raising=False)
+    monkeypatch.setattr(drawing, "draw_tokens_torch", kernel)
+    monkeypatch.setattr(drawing, "draw_tokens_triton", kernel, raising=False)
+    monkeypatch.setattr(truncation, "cut_rows_torch", cut)
+    monkeypatch.setattr(truncation, "cut_rows_triton", cut, raising=False)
     rows = torch.zeros(4, dtype=torch.int64, device="meta")
-    for temperature in (0.7, torch.ones(4, device="meta")):
-        found = sample_tokens(torch.zeros(4, 50, device="meta"), rows, rows, Sampling(temperature))
-        assert found.logp.shape == (4,)
+    values = torch.ones(4, device="meta")
+    for sampling in (
+        Sampling(0.7),
+        Sampling(values),
+        Sampling(1.0, 3, 0.5, 0.1),
+        Sampling(values, rows, values, values),
+    ):
+        found = sample_tokens(torch.zeros(4, 50, device="meta"), rows, rows, sampling)
+        assert found.logp.shape == found.support.shape == (4,)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), INF])
@@ -319,9 +299,20 @@ def test_bad_input_is_refused() -> None:
         sample_tokens(logits, streams, positions.float())
     with pytest.raises(ValueError, match=r"streams: need shape \(4,\)"):
         sample_tokens(logits, streams[:3], positions)
+    for wrong in (streams.view(4, 1, 1), streams.view(4, 1)[:, :0], streams.view(2, 2)):
+        with pytest.raises(ValueError, match=r"streams: need shape \(4,\) or \(4, K\) with K >= 1"):
+            sample_tokens(logits, wrong, positions)
     with pytest.raises(ValueError, match=r"positions: need shape \(4,\)"):
         sample_tokens(logits, streams, positions[:1])
     with pytest.raises(ValueError, match=r"temperature: need shape \(4,\)"):
         sample_tokens(logits, streams, positions, Sampling(torch.ones(3, device=DEVICE)))
+    for value in (1e39, 1e300, 1e-40, torch.tensor([1.0, 1e-40]), torch.tensor([1e39]).double()):
+        with pytest.raises(ValueError, match="temperature: need finite values > 0"):
+            Sampling(value)
+    with pytest.raises(ValueError, match=r"top_p: need values in \(0, 1\] .* got 1e-50"):
+        Sampling(top_p=1e-50)
+    with pytest.raises(ValueError, match=r"top_p: need values in \(0, 1\] .* in row 0"):
+        Sampling(top_p=torch.tensor([1e-50], dtype=torch.float64))
+    Sampling(torch.tensor([0.5, 1.0], dtype=torch.float16), top_p=torch.ones(2).half())
     with pytest.raises(TypeError, match="temperature: need float32"):
         Sampling(torch.ones(3, dtype=torch.int64))

@@ -1,9 +1,12 @@
-"""Jit helpers for the noise of `rollfuse.kernels.noise`, which holds the formulas."""
+"""Jit helpers for the noise of `rollfuse.kernels.noise`, which holds the formulas.
+
+Those of vLLM's noise are in `rollfuse.kernels.sampling_noise`.
+"""
 
 import triton
 import triton.language as tl
 
-from rollfuse.kernels import noise
+from rollfuse.kernels import noise, sampling_noise
 
 PURPOSE_STEP = tl.constexpr(noise.PURPOSE_STEP)
 TOKEN_STEP = tl.constexpr(noise.TOKEN_STEP)
@@ -11,6 +14,12 @@ MIX64_1 = tl.constexpr(noise.MIX64_1)
 MIX64_2 = tl.constexpr(noise.MIX64_2)
 MIX_1 = tl.constexpr(noise.MIX_1)
 MIX_2 = tl.constexpr(noise.MIX_2)
+MURMUR_1 = tl.constexpr(sampling_noise.MURMUR_1)
+MURMUR_2 = tl.constexpr(sampling_noise.MURMUR_2)
+MURMUR_ADD = tl.constexpr(sampling_noise.MURMUR_ADD)
+MURMUR_3 = tl.constexpr(sampling_noise.MURMUR_3)
+MURMUR_4 = tl.constexpr(sampling_noise.MURMUR_4)
+MURMUR_LENGTH = tl.constexpr(sampling_noise.MURMUR_LENGTH)
 BELOW_ONE = tl.constexpr(noise.BELOW_ONE)
 # No Gumbel is larger (the largest is 33 log 2 = 22.874): what cannot win with it needs no noise.
 MAX_GUMBEL = tl.constexpr(22.9)
@@ -57,3 +66,38 @@ def gumbels(words):
     y = 1.0 - u
     e = tl.where(y == 1.0, u, -tl.log(y) * u / (1.0 - y))
     return -tl.log(e)
+
+
+@triton.jit
+def rotated(x, PLACES: tl.constexpr):
+    return (x << PLACES) | (x >> (32 - PLACES))
+
+
+@triton.jit
+def murmur_mixed(state, word):
+    """The state of MurmurHash3 after one more word of the input; uint32."""
+    state ^= rotated(word * MURMUR_1, 15) * MURMUR_2
+    return rotated(state, 13) * 5 + MURMUR_ADD
+
+
+@triton.jit
+def draw_key(stream, position, PURPOSE: tl.constexpr, IS_VLLM: tl.constexpr):
+    """The key of a draw at int64 `position` from int64 `stream`, see kernels/sampling_noise.py."""
+    if IS_VLLM:
+        state = murmur_mixed(tl.full((), 0, tl.uint32), stream.to(tl.uint32))
+        state = murmur_mixed(state, (stream >> 32).to(tl.uint32))
+        return murmur_mixed(state, (position - 1).to(tl.uint32))
+    else:
+        return row_key(stream, position, PURPOSE)
+
+
+@triton.jit
+def draw_words(key, tokens, IS_VLLM: tl.constexpr):
+    """uint32 words of int32 token ids under a key of `draw_key`."""
+    if IS_VLLM:
+        x = murmur_mixed(key, tokens.to(tl.uint32, bitcast=True)) ^ MURMUR_LENGTH
+        x = (x ^ (x >> 16)) * MURMUR_3
+        x = (x ^ (x >> 13)) * MURMUR_4
+        return x ^ (x >> 16)
+    else:
+        return noise_words(key, tokens)

@@ -74,12 +74,12 @@ def is_out(g, m, reach):
     return g - tl.where(m == -float("inf"), 0.0, m) < -reach
 
 
-def launch_parameters(n_cols: int) -> tuple[int, int]:
+def launch_parameters(n_cols: int, launch: tuple[tuple[int, int], ...] = LAUNCH) -> tuple[int, int]:
     """(BLOCK, warps) for rows of `n_cols` columns."""
-    for largest, num_warps in LAUNCH:
+    for largest, num_warps in launch:
         if n_cols <= largest:
             return max(16, triton.next_power_of_2(n_cols)), num_warps
-    return LAUNCH[-1]
+    return launch[-1]
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
