@@ -113,6 +113,11 @@ class Branch:
         cells = (Stream(None, self._stream, first + i) for i in range(n))
         return [Branch(self._tree, node, cell) for cell in cells]
 
+    def twin(self) -> Branch:
+        """Another handle of this text, to be forked and ended without a trace in this one's
+        streams."""
+        return Branch(self._tree, self.node, Stream(0, None, 0))
+
     def truncate(self, at: int) -> None:
         """Drop the tokens from position `at` on; what others share of them stays theirs."""
         old = self.node
@@ -121,6 +126,17 @@ class Branch:
             node.handles += 1
             self._leave(old)
             self._node = node
+
+    def follow(self, other: Branch) -> None:
+        """Stand where `other` stands, which ends; the stream stays this branch's own.
+
+        Raises:
+            ValueError: `other` is of another cache or was pruned.
+        """
+        checks.need(other.is_of(self._tree), "other", "a branch of this cache", "another one's")
+        old, self._node = self.node, other.node
+        other._node = _GONE
+        self._leave(old)
 
     def prune(self, *, retain: bool = False) -> None:
         """End the branch. What nobody else holds is freed or, if `retain`, kept for `match` until

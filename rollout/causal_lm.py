@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
+from rollfuse.kernels.linear import linear_logp_entropy
 from rollfuse.kernels.wrapped import described, is_linear_head, linear_head
 
 if TYPE_CHECKING:
@@ -68,6 +69,27 @@ def head_of(model: PreTrainedModel) -> Head:
         scale *= float(divisor) if multiplies else 1.0 / float(divisor)
     softcap = getattr(config, "final_logit_softcapping", None)
     return linear_head(module, scale=scale, softcap=softcap)
+
+
+def head_difference(model: PreTrainedModel, ids: Tensor) -> float:
+    """How far log-probs of `head_of(model)` on its hidden states are from the model's own, nats.
+
+    The largest difference over the 16 likeliest tokens after `ids` (L,). Models differ in what they
+    do between the two; a scale that `head_of` does not know is seen here.
+    """
+    ids = ids.to(embedding_weight(model).device).unsqueeze(0)
+    with evaluating(model):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1:]
+        own = model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        likely = own.topk(min(16, len(own)))
+        rows = torch.zeros_like(likely.indices)
+        found = linear_logp_entropy(hidden, head_of(model), likely.indices, rows=rows)
+    return float((found.logp - likely.values).abs().max())
+
+
+def head_tolerance(model: PreTrainedModel) -> float:
+    """Nats by which `head_difference` may differ from 0 by rounding."""
+    return 1e-3 if embedding_weight(model).dtype in (torch.float32, torch.float64) else 0.1
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

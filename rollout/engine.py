@@ -23,11 +23,21 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
+from rollfuse.kernels.head import Head
 from rollfuse.kernels.noise import need_distinct_streams, new_streams
-from rollfuse.kernels.sampling import Sampling, sample_tokens
-from rollfuse.rollout.causal_lm import embedding_weight, evaluating
+from rollfuse.kernels.sampling import Sampling
+from rollfuse.kernels.verification import coupled
+from rollfuse.rollout.causal_lm import (
+    embedding_weight,
+    evaluating,
+    head_difference,
+    head_of,
+    head_tolerance,
+)
 from rollfuse.rollout.decoding import Decoding, Text, Totals
-from rollfuse.rollout.record import RUNNING, Finish, Recorder, Rollout, Tokenizer
+from rollfuse.rollout.drafter import Drafter, Request, need_drafter, tell
+from rollfuse.rollout.judging import Judge
+from rollfuse.rollout.record import RUNNING, Recorder, Rollout, Source, Tokenizer
 from rollfuse.rollout.stopping import StopStrings, TextWatch
 from rollfuse.rollout.tree_cache import TreeCache
 from rollfuse.rollout.tree_model import TreeModel, need_tree_model, tree_cache_for
@@ -91,6 +101,7 @@ class Engine:
         self.stop_strings = StopStrings(stop_strings, tokenizer)
         end_tokens = _end_tokens(model) if stop_tokens is None else stop_tokens
         self.stop_tokens = np.asarray(end_tokens, dtype=np.int64)
+        self._has_plain_head: bool | None = None  # found out when it is first needed
         self._vocabulary = embedding_weight(model).shape[0]
         good = ((self.stop_tokens >= 0) & (self.stop_tokens < self._vocabulary)).all()
         checks.need(bool(good), "stop_tokens", f"ids in [0, {self._vocabulary})", list(end_tokens))
@@ -104,6 +115,7 @@ class Engine:
         streams: Tensor | None = None,
         seed: int | None = None,
         version: int = 0,
+        drafter: Drafter | None = None,
     ) -> Rollout:
         """Sample `n` responses to every prompt.
 
@@ -117,6 +129,8 @@ class Engine:
             streams: (B,) int64, the sequences' noise, prompt by prompt. Exclusive with `seed`.
             seed: makes the streams, the same ones at every call with it.
             version: number of the policy, >= 0, recorded with every token.
+            drafter: who guesses tokens for a pass to check several at once, such as
+                `PastRollouts` or `SuffixDrafts`. None: every token takes a pass.
 
         Returns:
             A Rollout of B sequences, prompt by prompt, on the CPU.
@@ -129,8 +143,9 @@ class Engine:
         """
         checks.need(n >= 1, "n", "samples per prompt >= 1", n)
         checks.need(version >= 0, "version", "a number >= 0", version)
-        if isinstance(sampling.temperature, Tensor):
-            raise TypeError("sampling.temperature: need one number, got a tensor")
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if isinstance(getattr(sampling, name), Tensor):
+                raise TypeError(f"sampling.{name}: need one number, got a tensor")
         enough = self.max_batch is None or self.max_batch >= n
         checks.need(enough, "max_batch", f"at least a group, n = {n}", self.max_batch)
         texts = self._checked_prompts(prompts)
@@ -141,7 +156,9 @@ class Engine:
             cache = self._cache(texts, n)
             cache.version = version
             with evaluating(self.model):
-                self._run(TreeModel(self.model, cache), texts, streams.numpy(), sampling, record)
+                model = TreeModel(self.model, cache)
+                self._run(model, texts, streams.numpy(), sampling, record, drafter)
+        assert not isinstance(sampling.temperature, Tensor)
         return record.rollout(texts, groups, streams, version, sampling.temperature)
 
     def _cache(self, texts: list[Tensor], n: int) -> TreeCache:
@@ -170,27 +187,37 @@ class Engine:
         noise: Ints,
         sampling: Sampling,
         record: Recorder,
+        drafter: Drafter | None,
     ) -> None:
         """Decode all sequences until they have finished."""
         n = len(noise) // len(texts)
-        decoding = Decoding(model, self._waiting(texts, n), self.max_new_tokens, self.max_batch)
-        self.totals = decoding.totals
-        watches = self._watches(texts, n)
         lengths = np.array([len(text) for text in texts], dtype=np.int64).repeat(n)
+        if drafter is not None:
+            need_drafter(drafter)
+            drafter.start(self._request(texts, noise))
+        head = self._head(texts[0])
+        decoding = Decoding(
+            model, self._waiting(texts, n), self.max_new_tokens, self.max_batch, drafter
+        )
+        self.totals = decoding.totals
+        judge = Judge(
+            sampling,
+            getattr(drafter, "rule", coupled),
+            getattr(drafter, "source", Source.VERIFIED),
+            noise,
+            lengths,
+            self.max_new_tokens,
+            self.stop_tokens,
+            self._watches(texts, n),
+        )
         while decoding.waiting or decoding.branches:
-            logits = decoding.logits()
-            sequence, made, device = decoding.sequence, decoding.made, logits.device
-            if len(sequence) != len(logits):
-                logits = logits.index_select(0, torch.from_numpy(decoding.row).to(device))
-            streams = torch.from_numpy(noise[sequence]).to(device)
-            positions = torch.from_numpy(lengths[sequence] + made).to(device)
-            drawn = sample_tokens(logits, streams, positions, sampling)
-            ids = drawn.ids.cpu().numpy()
-            if ids.min() < 0:
-                raise ValueError("logits: need a finite maximum in every row, got a row without")
-            finish = self._finish(ids, made, sequence, watches)
-            record.add(sequence, made, drawn, ids, finish)
-            decoding.advance(ids, finish == RUNNING)
+            answers = decoding.answers(as_hidden=head is not None)
+            found = judge.judge(decoding, answers, head)
+            record.add(found.drawn, decoding.sequence, found.finish)
+            goes_on = found.finish == RUNNING
+            if drafter is not None:
+                tell(drafter, found.drawn, found.checked, decoding.sequence[~goes_on])
+            decoding.advance(found.stay, found.ids, goes_on)
         if model.cache.has_self_checks:
             model.cache.check()
         tree = model.cache.tree
@@ -213,18 +240,21 @@ class Engine:
             for (key, _), sequences in waiting.items()
         )
 
-    def _finish(
-        self, ids: Ints, made: Ints, sequence: Ints, watches: dict[int, TextWatch]
-    ) -> npt.NDArray[np.uint8]:
-        """(s,) why each sequence ends with its new token, or RUNNING."""
-        is_last = made + 1 == self.max_new_tokens
-        finish = np.where(is_last, Finish.LENGTH, RUNNING).astype(np.uint8)
-        if watches:
-            hit = [watches[s].push(i) for s, i in zip(sequence.tolist(), ids.tolist(), strict=True)]
-            finish[hit] = Finish.STOP_STRING
-        for token in self.stop_tokens:
-            finish[ids == token] = Finish.STOP
-        return finish
+    def _head(self, text: Tensor) -> Head | None:
+        """The model's head, if its logits are that of its hidden states; None: it makes its own."""
+        try:
+            head = head_of(self.model)
+        except ValueError:
+            return None
+        if self._has_plain_head is None:
+            difference = head_difference(self.model, text[:8])
+            self._has_plain_head = difference <= head_tolerance(self.model)
+        return head if self._has_plain_head else None
+
+    def _request(self, texts: list[Tensor], noise: Ints) -> Request:
+        index = np.arange(len(texts)).repeat(len(noise) // len(texts))
+        prompts = [text.numpy() for text in texts]
+        return Request(prompts, index, noise, self.max_new_tokens, self._vocabulary)
 
     def _watches(self, texts: list[Tensor], n: int) -> dict[int, TextWatch]:
         if not self.stop_strings:

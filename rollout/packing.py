@@ -254,6 +254,7 @@ def token_batch(
         logp_ref=None if logp_ref is None else _picked(logp_ref, packed),
         rows=packed.rows,
         temperature=rollout.temperature,
+        support=None if rollout.support is None else rollout.support[packed.tokens].float(),
         version=rollout.version[packed.tokens],
         cu_seqlens=packed.cu_seqlens,
     )

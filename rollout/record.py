@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.sampling import Sampled
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,6 +31,7 @@ class Source(IntEnum):
     VERIFIED = 1  # proposed by a draft or an older rollout and accepted
     FORCED = 2  # put there by the caller
     EXTERNAL = 3  # by another engine
+    LENIENT = 4  # an older rollout's, kept by a rule that does not keep the policy's law
 
 
 class Finish(IntEnum):
@@ -64,6 +64,10 @@ class Rollout:
         streams: (B,) int64, the noise stream of each sequence.
         finish: (B,) uint8, a `Finish`.
         temperature: of the distribution drawn from.
+        token_streams: (T,) int64, the stream whose noise drew each token: the sequence's, or that
+            of the older rollout it was verified from. None: the sequences'.
+        support: (T,) as logp, nats below the largest logit past which sampling had cut the
+            distribution (inf: nowhere), for `TokenBatch.support`. None: it was never cut.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or value is wrong.
@@ -80,8 +84,13 @@ class Rollout:
     streams: Tensor
     finish: Tensor
     temperature: float = 1.0
+    token_streams: Tensor | None = None
+    support: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.token_streams is None:
+            streams = self.streams.repeat_interleave(self.cu_seqlens.diff())
+            object.__setattr__(self, "token_streams", streams)
         _check_shapes(self)
         _check_values(self)
 
@@ -126,9 +135,22 @@ class Rollout:
         # Token j of the selection is token j - (new start) + (old start) of its sequence here.
         shift = (self.cu_seqlens[index] - cu_seqlens[:-1]).repeat_interleave(lengths)
         tokens = torch.arange(len(shift)) + shift
-        per_token = {name: getattr(self, name)[tokens] for name in _TOKEN_FIELDS}
+        per_token = {name: getattr(self, name)[tokens] for name in _token_fields(self)}
         per_sequence = {name: getattr(self, name)[index] for name in _SEQUENCE_FIELDS}
         return replace(self, cu_seqlens=cu_seqlens, **per_token, **per_sequence)
+
+
+class Drawn(NamedTuple):
+    """Tokens that sequences got in one step, (n,) each, and where they came from."""
+
+    sequence: Ints
+    step: Ints  # the number of the token in its response
+    ids: Ints
+    stream: Ints
+    source: npt.NDArray[np.uint8]
+    logp: Tensor
+    entropy: Tensor
+    support: Tensor | None
 
 
 @dataclass
@@ -137,30 +159,15 @@ class Recorder:
 
     n_sequences: int
     finish: npt.NDArray[np.uint8] = field(init=False)
-    sequences: list[Ints] = field(default_factory=list)
-    steps: list[Ints] = field(default_factory=list)
-    ids: list[Ints] = field(default_factory=list)
-    logp: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.finish = np.full(self.n_sequences, RUNNING, dtype=np.uint8)
 
-    def add(
-        self,
-        sequence: Ints,
-        step: Ints,
-        drawn: Sampled,
-        ids: Ints,
-        finish: npt.NDArray[np.uint8],
-    ) -> None:
-        """Token step[i] of the response of sequence[i]."""
-        self.sequences.append(sequence)
-        self.steps.append(step)
-        self.ids.append(ids)
-        self.logp.append(drawn.logp)
-        self.entropy.append(drawn.entropy)
-        self.finish[sequence] = finish
+    def add(self, drawn: Drawn, sequences: Ints, finish: npt.NDArray[np.uint8]) -> None:
+        """What one step gave, and why each of `sequences` ends with it, or RUNNING."""
+        self.drawn.append(drawn)
+        self.finish[sequences] = finish
 
     def rollout(
         self,
@@ -170,32 +177,39 @@ class Recorder:
         version: int,
         temperature: float,
     ) -> Rollout:
-        sequence = np.concatenate([*self.sequences, np.empty(0, np.int64)])
-        step = np.concatenate([*self.steps, np.empty(0, np.int64)])
-        ids = np.concatenate([*self.ids, np.empty(0, np.int64)])
+        sequence, step, ids, stream = (self._joined(i, np.int64) for i in range(4))
         cu_seqlens = np.zeros(self.n_sequences + 1, dtype=np.int64)
         cu_seqlens[1:] = np.bincount(sequence, minlength=self.n_sequences).cumsum()
         # order[t] is the number in the record of the rollout's token t.
         order = np.empty_like(sequence)
         order[cu_seqlens[sequence] + step] = np.arange(len(sequence))
         index = torch.from_numpy(order)
-        n_tokens = len(sequence)
+        supports = [d.support for d in self.drawn if d.support is not None]
         return Rollout(
             prompts=tuple(prompts),
             prompt_index=groups,
             tokens=torch.from_numpy(ids)[index],
             cu_seqlens=torch.from_numpy(cu_seqlens),
-            logp=torch.cat(self.logp).cpu()[index] if self.logp else torch.empty(0),
-            entropy=torch.cat(self.entropy).cpu()[index] if self.entropy else torch.empty(0),
-            version=torch.full((n_tokens,), version),
-            source=torch.full((n_tokens,), Source.SAMPLED, dtype=torch.uint8),
+            logp=_on_cpu([d.logp for d in self.drawn])[index],
+            entropy=_on_cpu([d.entropy for d in self.drawn])[index],
+            version=torch.full((len(sequence),), version),
+            source=torch.from_numpy(self._joined(4, np.uint8))[index],
             streams=streams,
             finish=torch.from_numpy(self.finish),
             temperature=temperature,
+            token_streams=torch.from_numpy(stream)[index],
+            support=_on_cpu(supports)[index] if supports else None,
         )
 
+    def _joined(self, i: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.concatenate([*(d[i] for d in self.drawn), np.empty(0, dtype)])
 
-_TOKEN_FIELDS = ("tokens", "logp", "entropy", "version", "source")
+
+def _on_cpu(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts).cpu() if parts else torch.empty(0)
+
+
+_TOKEN_FIELDS = ("tokens", "logp", "entropy", "version", "source", "token_streams")
 _SEQUENCE_FIELDS = ("prompt_index", "streams", "finish")
 _DTYPES = {
     "prompt_index": torch.int64,
@@ -203,9 +217,14 @@ _DTYPES = {
     "cu_seqlens": torch.int64,
     "version": torch.int64,
     "streams": torch.int64,
+    "token_streams": torch.int64,
     "source": torch.uint8,
     "finish": torch.uint8,
 }
+
+
+def _token_fields(rollout: Rollout) -> tuple[str, ...]:
+    return _TOKEN_FIELDS if rollout.support is None else (*_TOKEN_FIELDS, "support")
 
 
 def _check_shapes(rollout: Rollout) -> None:
@@ -222,15 +241,15 @@ def _check_shapes(rollout: Rollout) -> None:
         checks.need_tensor(value, name)
         if value.dtype != dtype:
             raise TypeError(f"{name}: need {dtype}, got {value.dtype}")
-    for name in ("logp", "entropy"):
+    for name in ("logp", "entropy", *(["support"] if rollout.support is not None else [])):
         checks.need_float(getattr(rollout, name), name)
-    for name in (*_TOKEN_FIELDS, *_SEQUENCE_FIELDS, "cu_seqlens"):
+    for name in (*_token_fields(rollout), *_SEQUENCE_FIELDS, "cu_seqlens"):
         device = getattr(rollout, name).device
         checks.need(device.type == "cpu", name, "a tensor on the CPU", device)
     checks.need(rollout.tokens.dim() == 1, "tokens", "shape (T,)", tuple(rollout.tokens.shape))
     index = rollout.prompt_index
     checks.need(index.dim() == 1, "prompt_index", "shape (B,)", tuple(index.shape))
-    for name in _TOKEN_FIELDS:
+    for name in _token_fields(rollout):
         shape = tuple(rollout.tokens.shape)
         checks.need_shape(getattr(rollout, name), shape, name, "one value a token")
     for name in _SEQUENCE_FIELDS:
@@ -254,6 +273,8 @@ def _check_values(rollout: Rollout) -> None:
     checks.need(bool((rollout.logp < torch.inf).all()), "logp", "nats, not NaN", "another value")
     good = bool(rollout.entropy.isfinite().all())
     checks.need(good, "entropy", "finite values", "another value")
+    if rollout.support is not None:
+        checks.need(bool((rollout.support >= 0).all()), "support", "nats >= 0", "another value")
     for name, kind in (("source", Source), ("finish", Finish)):
         good = bool((getattr(rollout, name) < len(kind)).all())
         checks.need(good, name, f"values of {kind.__name__}", "another number")

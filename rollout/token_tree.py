@@ -151,7 +151,7 @@ class TokenTree:
             return self._append_each(nodes, tokens, grows)
         parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in tokens]
         wanted = zip(nodes, parts, grows, strict=True)
-        self.make_room(sum(self._pages_wanted(node, len(part), g) for node, part, g in wanted))
+        self.make_room(sum(self.pages_wanted(node, len(part), g) for node, part, g in wanted))
         ends = list(nodes)
         for i, (node, part) in enumerate(zip(nodes, parts, strict=True)):
             if len(part):
@@ -159,8 +159,11 @@ class TokenTree:
                 self._grow(ends[i], part)
         return ends
 
-    def match(self, tokens: Ints, version: int) -> tuple[Node | None, int]:
-        """The longest beginning of `tokens` of that version: its last node, its length."""
+    def match(
+        self, tokens: Ints, version: int, *, computed: bool = False
+    ) -> tuple[Node | None, int]:
+        """The longest beginning of `tokens` of that version, of what is computed alone if that is
+        asked for: its last node, its length."""
         best: tuple[Node | None, int] = (None, 0)
         todo = self._beginning_with(self.roots, tokens[:1])
         while todo:
@@ -168,6 +171,8 @@ class TokenTree:
             if node.version != version and self.length[node.number]:
                 continue
             agreed = self._agreement(node, tokens[node.start : self.end(node)])
+            if computed:
+                agreed = min(agreed, int(self.computed[node.number]))
             if node.start + agreed > best[1]:
                 best = node, node.start + agreed
             if agreed == self.length[node.number]:
@@ -225,6 +230,13 @@ class TokenTree:
             node.number, node = -1, node.parent
 
     # -- pages --------------------------------------------------------------------------------
+
+    def pages_wanted(self, node: Node, count: int, grows: bool) -> int:
+        """Pages that `count` more tokens take, in `node` itself or, unless it grows, below it."""
+        if not count:
+            return 0
+        used = node.offset + int(self.length[node.number]) if grows and node.pages else 0
+        return -(-(used + count) // self.page_size) - (len(node.pages) if grows else 0)
 
     def make_room(self, n_pages: int) -> None:
         """Evict retained texts, the least recently used of the oldest version first, until
@@ -317,12 +329,6 @@ class TokenTree:
         place = np.arange(node.offset + first, node.offset + last)
         pages = np.asarray(node.pages, dtype=np.int64)
         return pages[place // self.page_size] * self.page_size + place % self.page_size
-
-    def _pages_wanted(self, node: Node, count: int, grows: bool) -> int:
-        if not count:
-            return 0
-        used = node.offset + int(self.length[node.number]) if grows and node.pages else 0
-        return -(-(used + count) // self.page_size) - (len(node.pages) if grows else 0)
 
     def _grow(self, node: Node, tokens: Ints) -> None:
         first = int(self.length[node.number])

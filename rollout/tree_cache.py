@@ -143,16 +143,22 @@ class TreeCache:
         return branch
 
     def match(
-        self, tokens: Tokens, *, version: int | None = None, stream: int | None = None
+        self,
+        tokens: Tokens,
+        *,
+        version: int | None = None,
+        stream: int | None = None,
+        computed: bool = False,
     ) -> Branch | None:
         """A new branch with the longest known beginning of `tokens`; None if nothing is known.
 
         Args:
             version: the policy version that must have written all of it, None: the present one. An
                 older one's keys are found only if they are asked for.
+            computed: count only what a forward pass has computed.
         """
         wanted = self.version if version is None else version
-        node, length = self.tree.match(_ids(tokens, "tokens"), wanted)
+        node, length = self.tree.match(_ids(tokens, "tokens"), wanted, computed=computed)
         if node is None:
             return None
         return self._branch(self.tree.node_at(node, length), stream)
@@ -296,6 +302,8 @@ class TreeCache:
 
 
 def _ids(tokens: Tokens | Tensor, name: str) -> Ints:
+    if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype == np.int64:
+        return tokens
     ids = np.asarray(tokens)
     good = ids.ndim == 1 and (not len(ids) or np.issubdtype(ids.dtype, np.integer))
     checks.need(good, name, "a sequence of token ids", f"{ids.dtype} of shape {ids.shape}")

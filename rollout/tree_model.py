@@ -29,6 +29,7 @@ from rollfuse.rollout.causal_lm import (
     need_causal_lm,
     new_cache,
 )
+from rollfuse.rollout.token_tree import Ints
 from rollfuse.rollout.tree_cache import TreeCache
 from rollfuse.rollout.tree_step import TreeStep
 
@@ -88,38 +89,74 @@ class TreeModel:
         self._vocabulary = embedding_weight(model).shape[0]
         self._keeps_logits = "logits_to_keep" in forward_arguments(model)
 
-    def forward(self, branches: Sequence[Branch], *, pure: bool = False) -> Tensor:
+    def forward(
+        self, branches: Sequence[Branch], *, counts: Ints | None = None, pure: bool = False
+    ) -> Tensor:
         """Compute what is not computed of the branches' texts.
 
         Args:
             branches: B of them, none empty, in any order.
+            counts: (B,) how many of each branch's last tokens to answer; more than 1 where they
+                were appended at once and are not computed yet. None: 1.
             pure: refuse texts of which another policy version wrote a part.
 
         Returns:
-            (B, V), the logits after the last token of each branch. No gradient flows.
+            (sum of counts, V), the logits after each of these tokens, branch by branch; (B, V)
+            without counts. No gradient flows.
 
         Raises:
-            ValueError: see `TreeCache.plan`; a token id is not in the vocabulary.
+            ValueError: see `TreeCache.plan`; a token id is not in the vocabulary; a count is not
+                between 1 and the tokens that are computed here.
             TypeError: the model's layers do not attend through transformers' interface.
             Any error leaves the cache as it was, with the same tokens still to compute.
         """
+        step = self._plan(branches, pure=pure)
+        rows = self._rows(step, counts)
+        index = torch.from_numpy(rows).to(self.cache.device, non_blocking=True)
+        in_order = _are_all(rows, len(step.ids))
+        keep = {"logits_to_keep": index} if self._keeps_logits and not in_order else {}
+        logits: Tensor = self._run(self.model, step, **keep).logits[0]
+        return logits if in_order or keep else logits.index_select(0, index)
+
+    def hidden(self, branches: Sequence[Branch], *, counts: Ints | None = None) -> Tensor:
+        """`forward`, but the hidden states as the LM head takes them (see `head_of`): (.., D)."""
+        step = self._plan(branches, pure=False)
+        rows = self._rows(step, counts)
+        hidden: Tensor = self._run(self.model.get_decoder(), step).last_hidden_state[0]
+        if _are_all(rows, len(step.ids)):
+            return hidden
+        return hidden.index_select(0, torch.from_numpy(rows).to(hidden.device, non_blocking=True))
+
+    def _rows(self, step: TreeStep, counts: Ints | None) -> Ints:
+        """The rows of `step` that answer the last counts[b] tokens of each branch."""
+        if counts is None:
+            return step.last
+        tree, ends = self.cache.tree, np.array(step.ends, dtype=np.int64)
+        most = np.maximum(tree.length[ends] - tree.computed[ends], 1)
+        good = bool(((counts >= 1) & (counts <= most)).all())
+        checks.need(good, "counts", f"from 1 to {most.tolist()} tokens", counts.tolist())
+        # The rows of a node lie side by side.
+        first = step.last + 1 - counts.cumsum()
+        rows: Ints = np.repeat(first, counts) + np.arange(int(counts.sum()))
+        return rows
+
+    def _plan(self, branches: Sequence[Branch], *, pure: bool) -> TreeStep:
         step = self.cache.plan(branches, pure=pure)
         good = 0 <= int(step.ids.min()) and int(step.ids.max()) < self._vocabulary
         checks.need(good, "branches", f"token ids in [0, {self._vocabulary})", "another one")
+        return step
+
+    def _run(self, module: nn.Module, step: TreeStep, **options: Any) -> Any:
+        """What the model, or its decoder, gives for the rows of `step`, which is done then."""
         device = self.cache.device
-        ids, last = (
-            torch.from_numpy(x).to(device, non_blocking=True) for x in (step.ids, step.last)
-        )
-        in_order = len(last) == len(ids) and bool((step.last == np.arange(len(ids))).all())
-        keep = {"logits_to_keep": last} if self._keeps_logits and not in_order else {}
         served = _Pass(self.cache, step, self._configs[-1])
         with evaluating(self.model), _attending(self._configs):
-            out = self.model(
-                input_ids=ids.unsqueeze(0),
+            out = module(
+                input_ids=torch.from_numpy(step.ids).to(device, non_blocking=True).unsqueeze(0),
                 position_ids=step.plan.on(device).positions.unsqueeze(0),
                 use_cache=False,
                 tree_pass=served,
-                **keep,
+                **options,
             )
         n_layers = len(self.cache.layers)
         if served.layers != list(range(n_layers)):
@@ -128,8 +165,7 @@ class TreeModel:
                 f"interface in order, got {served.layers} of {type(self.model).__name__}"
             )
         self.cache.commit(step)
-        logits: Tensor = out.logits[0]
-        return logits if in_order or keep else logits.index_select(0, last)
+        return out
 
 
 def need_tree_model(model: PreTrainedModel) -> None:
@@ -213,6 +249,10 @@ def _attend(  # noqa: PLR0913  (the signature is transformers')
     )  # fmt: skip
     tree_pass.layers.append(layer)
     return out.unsqueeze(0).to(query.dtype), None
+
+
+def _are_all(rows: Ints, n_rows: int) -> bool:
+    return len(rows) == n_rows and bool((rows == np.arange(n_rows)).all())
 
 
 def _register() -> None:

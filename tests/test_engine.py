@@ -1,4 +1,5 @@
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from rollfuse import grpo, head_of, linear_policy_loss, token_mean
 from rollfuse.kernels.noise import new_streams
 from rollfuse.kernels.sampling import Sampling, sample_tokens
 from rollfuse.rollout import decoding
 from rollfuse.rollout.decoding import Decoding, Text
 from rollfuse.rollout.engine import Engine
+from rollfuse.rollout.packing import hidden_rows, pack_rollout, token_batch
 from rollfuse.rollout.record import Finish, Source
 from rollfuse.rollout.tree_cache import TreeCache
 from rollfuse.rollout.tree_model import TreeModel, tree_cache_for
@@ -67,7 +70,7 @@ MODELS = {"qwen3": tiny_qwen3, "llama": tiny_llama, "gemma2": gemma2, "gpt2": gp
 def forward_rows(model):
     """A list that grows by the shape of the ids at each forward pass."""
     shapes = []
-    model.register_forward_pre_hook(
+    model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
@@ -152,7 +155,7 @@ def test_the_shortest_response_is_dropped_and_the_others_stay_in_their_rows():
         for i, s, m in ((1, [4], 3), (2, [0, 7], 1), (3, [5], 2))
     ]
     at_work = Decoding(tree, deque(texts), longest=12)
-    at_work.logits()
+    at_work.answers(as_hidden=False)
     left = at_work._drop_one(np.array([10, 20, 30]))
     (dropped,) = at_work.waiting
     assert dropped.tokens.tolist() == [2, 2, 2, 20]
@@ -252,6 +255,8 @@ def test_the_forward_has_one_row_for_each_distinct_unfinished_text():
     shapes = forward_rows(model)
     # So cold that members of a group often agree; two of the five prompts are one text.
     engine = Engine(model, max_new_tokens=6, stop_tokens=range(0, VOCABULARY, 4))
+    engine.generate([[1]], 1, seed=0)  # which also finds out what the model's head is
+    shapes.clear()
     made = engine.generate(RAGGED, 6, Sampling(0.5), seed=4)
     texts = [(tuple(RAGGED[made.prompt_index[b]]), made.response(b).tolist()) for b in range(30)]
     distinct = [len({(p, *r[:step]) for p, r in texts if len(r) > step}) for step in range(6)]
@@ -443,3 +448,27 @@ def test_recurrent_layers_are_refused():
         Engine(Qwen3NextForCausalLM(config), max_new_tokens=1, stop_tokens=()).generate(
             [[1]], 1, seed=0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.8, top_p=0.7), Sampling(top_k=5), Sampling(min_p=0.1), Sampling(0.9)]
+)
+def test_what_sampling_has_cut_the_loss_replays(sampling, dtype):
+    """The trainer's log-probs of an unchanged policy are the sampler's: every ratio is 1."""
+    model = tiny_qwen3(dtype=dtype)
+    made = Engine(model, max_new_tokens=12, stop_tokens=[5]).generate(RAGGED, 16, sampling, seed=4)
+    assert (made.support is not None) == sampling.is_cut
+    packed = pack_rollout(made)
+    batch = token_batch(packed, made, advantages=torch.ones(len(made)), reduction=token_mean)
+    found = linear_policy_loss(hidden_rows(model, packed), head_of(model), batch, grpo())
+    differs = (found.logp.detach().float() - batch.logp_behaviour).abs()
+    # The forward in another batch rounds otherwise; a lost border would be off by tenths.
+    bound, share = (1e-3, 0.001) if dtype == torch.float32 else (0.15, 0.01)
+    assert float((differs > bound).float().mean()) <= share
+    if sampling.is_cut:
+        whole = linear_policy_loss(
+            hidden_rows(model, packed), head_of(model), replace(batch, support=None), grpo()
+        )
+        apart = (whole.logp.detach().float() - batch.logp_behaviour).abs()
+        assert float((apart > bound).float().mean()) > 0.1

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollfuse.kernels.sampling import Sampled
-from rollfuse.rollout.record import RUNNING, Finish, Recorder, Rollout, Source
+from rollfuse.rollout.record import RUNNING, Drawn, Finish, Recorder, Rollout, Source
 
 
 def rollout() -> Rollout:
@@ -88,9 +87,12 @@ def test_select_by_mask_and_of_nothing():
         ({"logp": torch.zeros(6).long()}, TypeError, "logp: need float32"),
         ({"entropy": torch.full((6,), float("inf"))}, ValueError, "entropy: need finite"),
         ({"version": torch.zeros(6, dtype=torch.int32)}, TypeError, "version: need torch.int64"),
-        ({"source": torch.full((6,), 4, dtype=torch.uint8)}, ValueError, "values of Source"),
+        ({"source": torch.full((6,), 5, dtype=torch.uint8)}, ValueError, "values of Source"),
         ({"finish": torch.full((4,), RUNNING, dtype=torch.uint8)}, ValueError, "values of Finish"),
         ({"streams": torch.zeros(3).long()}, ValueError, r"streams: need shape \(4,\)"),
+        ({"token_streams": torch.zeros(4).long()}, ValueError, r"token_streams: need shape"),
+        ({"support": torch.zeros(4)}, ValueError, r"support: need shape \(6,\)"),
+        ({"support": torch.full((6,), -1.0)}, ValueError, "support: need nats >= 0"),
         ({"cu_seqlens": torch.tensor([0, 2, 1, 5, 6])}, ValueError, "non-decreasing from 0 to T"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 5, 5])}, ValueError, "non-decreasing from 0 to T"),
         ({"cu_seqlens": torch.tensor([0, 2, 6])}, ValueError, r"B \+ 1 borders"),
@@ -116,9 +118,13 @@ def test_recorder_puts_steps_in_sequence_order():
 
     def add(sequence, step, ids, finish):
         values = torch.tensor(ids, dtype=torch.float32)
-        drawn = Sampled(torch.tensor(ids), -values, values / 2)
-        steps = np.full(len(sequence), step)
-        recorder.add(np.array(sequence), steps, drawn, np.array(ids), finish)
+        n = len(ids)
+        drawn = Drawn(
+            np.array(sequence), np.full(n, step), np.array(ids), np.array(ids) + 100,
+            np.full(n, Source.VERIFIED if step else Source.SAMPLED, dtype=np.uint8),
+            -values, values / 2, values + 1,
+        )  # fmt: skip
+        recorder.add(drawn, np.array(sequence), finish)
 
     add([2, 0, 1], 0, [20, 0, 10], np.array([RUNNING, Finish.STOP, RUNNING], dtype=np.uint8))
     add([1, 2], 1, [11, 21], np.array([RUNNING, Finish.STOP_STRING], dtype=np.uint8))
@@ -131,5 +137,11 @@ def test_recorder_puts_steps_in_sequence_order():
     assert made.cu_seqlens.tolist() == [0, 1, 4, 6]
     assert made.finish.tolist() == [Finish.STOP, Finish.LENGTH, Finish.STOP_STRING]
     assert made.version.tolist() == [7] * 6
-    assert made.source.tolist() == [Source.SAMPLED] * 6
+    drawn, kept = Source.SAMPLED, Source.VERIFIED
+    assert made.source.tolist() == [drawn, drawn, kept, kept, drawn, kept]
+    assert made.token_streams.tolist() == [100, 110, 111, 112, 120, 121]
+    assert made.support.tolist() == [1, 11, 12, 13, 21, 22]
+    part = made.select([2, 0])
+    assert part.support.tolist() == [21, 22, 1]
+    assert part.token_streams.tolist() == [120, 121, 100]
     assert made.temperature == 0.5
