@@ -12,6 +12,7 @@ from typing import Any
 from rollfuse.kernels import checks
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "rloo")
+REUSES = ("none", "coupled", "lenient", "suffix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Config:
     data: str | None = None  # JSON-lines file of questions and answers
     model: str | None = None  # directory of a causal LM; None makes a small one
     heldout: int = 512  # problems
+    problems: int | None = None  # to train on; None: all there are
     seed: int = 0
 
     layers: int = 2  # of the small model, as the four below
@@ -53,6 +55,10 @@ class Config:
     reference: bool = True  # keep the starting policy, to measure the distance from it
     rescore: bool = False  # old log-probs by a pass of the trainer, not from the sampler
     invariant: bool = False  # the head gives a token the same bits in every batch
+    reuse: str = "none"  # of earlier rollouts: none, coupled, lenient or suffix
+    lenience: float = 0.5  # nats that --reuse lenient forgives a token
+    reuse_cap: int = 8  # epochs in a row a response may be reused
+    refresh: float = 0.0  # share of the responses that are drawn afresh in any case
     minibatches: int = 1  # optimiser updates per step
     decode_sequences: int | None = None  # responses sampled together; None: the whole step's
     micro_sequences: int = 256  # responses in one forward and backward
@@ -119,12 +125,12 @@ def _check_types(config: Config) -> None:
 def _check_ranges(config: Config) -> None:
     at_least_one = (
         "heldout steps prompts_per_step minibatches micro_sequences eval_every checkpoint_every "
-        "sample_every keep_checkpoints warm_problems warm_batch_size"
+        "sample_every keep_checkpoints warm_problems warm_batch_size reuse_cap"
     )
     needs: list[tuple[str, bool, str]] = [
         (name, getattr(config, name) >= 1, "at least 1") for name in at_least_one.split()
     ]
-    for name in ("max_new_tokens", "threads"):
+    for name in ("max_new_tokens", "threads", "problems"):
         value = getattr(config, name)
         needs.append((name, value is None or value >= 1, "at least 1"))
     needs += [(name, getattr(config, name) >= 0, "0 or more") for name in _NOT_NEGATIVE]
@@ -135,6 +141,8 @@ def _check_ranges(config: Config) -> None:
         ("grad_clip", config.grad_clip > 0, "a number > 0"),
         ("eps_low", config.eps_low < 1, "a number in [0, 1)"),
         ("lr", 0 <= config.learning_rate < 1, "a number in [0, 1)"),
+        ("reuse", config.reuse in REUSES, f"one of {', '.join(REUSES)}"),
+        ("refresh", 0 <= config.refresh <= 1, "a share in [0, 1]"),
         ("loss", config.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
         (
             "decode_sequences",
@@ -156,6 +164,7 @@ def _check_ranges(config: Config) -> None:
 
 _NOT_NEGATIVE = (
     "eps_low", "eps_high", "kl_coef", "warm_steps", "warm_lr", "lr_warmup", "weight_decay",
+    "lenience",
 )  # fmt: skip
 
 

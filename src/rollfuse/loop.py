@@ -2,7 +2,8 @@
 
 What it leaves out, and why. One process and one device: sharding belongs to a trainer, and this
 loop shows what one needs. Generation and training take turns on the same weights: nothing is stale,
-so nothing has to be corrected. No critic: a group is its own baseline. No reward model: rewards
+so nothing has to be corrected (what `--reuse lenient` takes over is counted as the policy's own, as
+its paper does). No critic: a group is its own baseline. No reward model: rewards
 come from `task.grade`. No autocast, no gradient checkpointing, no decay of the learning rate: a
 line each, where they are needed.
 
@@ -36,6 +37,7 @@ from rollfuse.kernels.sampling import Sampling
 from rollfuse.losses.kl import k3
 from rollfuse.policy import Policy
 from rollfuse.progress import ProgressLine
+from rollfuse.reuse import describe_reuse
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.record import Finish, Rollout
 from rollfuse.rollout.tasks import Problem, Task
@@ -121,11 +123,14 @@ def _step(session: Session, interrupts: Interrupts) -> tuple[Metrics, list[dict[
         Sampling(temperature=config.temperature),
         streams=streams,
         version=progress.updates,
+        drafter=None if session.reuse is None else session.reuse.drafter,
     )
     generated = time.perf_counter()
     rewards = _grade(session, problems, rollout)
     step_batch = _step_batch(session, rollout, rewards)
     metrics: Metrics = {"step": progress.step + 1, **_describe(rollout, rewards, step_batch)}
+    if session.reuse is not None:
+        metrics |= describe_reuse(session.reuse, rollout, session.engine.totals)
     updates = []
     groups = torch.arange(config.prompts_per_step).tensor_split(config.minibatches)
     for chosen in groups:
@@ -135,6 +140,8 @@ def _step(session: Session, interrupts: Interrupts) -> tuple[Metrics, list[dict[
         interrupts.hold()
         _update(session, bool(len(found.logp)))
         updates.append((found, norm))
+    if session.reuse is not None:
+        session.reuse.record(rollout)
     progress.step += 1
     progress.prompts_seen += config.prompts_per_step
     progress.streams_drawn += n_streams
@@ -256,6 +263,7 @@ def _samples(
                     "tokens": [policy.tokenizer.decode([i]) for i in ids],
                     "logp": rollout.logp[start:end].tolist(),
                     "entropy": rollout.entropy[start:end].tolist(),
+                    "source": rollout.source[start:end].tolist(),
                 }
             )
     return shown

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from rollfuse.kernels import checks
 from rollfuse.kernels.head import Head
-from rollfuse.kernels.linear import linear_logp_entropy
-from rollfuse.rollout.causal_lm import head_of
+from rollfuse.rollout.causal_lm import head_difference, head_of, head_tolerance
 from rollfuse.rollout.tasks import Problem, Task
 
 if TYPE_CHECKING:
@@ -128,21 +127,13 @@ def need_training_extra(*, is_text: bool = False) -> None:
         raise ImportError(f"training needs {', '.join(missing)}: pip install rollfuse[grpo]")
 
 
-@torch.no_grad()
 def need_same_head(policy: Policy, prompt: list[int]) -> None:
     """Raise ValueError unless the head on the hidden states gives the model's own log-probs.
 
-    Models differ in what they do between the two; a scale that `head_of` does not know would
-    make the trainer optimise another policy than the one that samples.
+    The trainer would optimise another policy than the one that samples.
     """
-    ids = torch.tensor([prompt], device=policy.model.device)
-    hidden = policy.model.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
-    own = policy.model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
-    likely = own.topk(min(16, len(own)))
-    rows = torch.zeros_like(likely.indices)
-    found = linear_logp_entropy(hidden, policy.head, likely.indices, rows=rows)
-    worst = float((found.logp - likely.values).abs().max())
-    bound = 1e-3 if hidden.dtype == torch.float32 else 0.1
+    worst = head_difference(policy.model, torch.tensor(prompt))
+    bound = head_tolerance(policy.model)
     needed = f"log-probs within {bound} nats of its linear head's"
     checks.need(worst <= bound, "model", needed, f"a difference of {worst:.3g}")
 

@@ -16,6 +16,7 @@ from typing import Any
 from rollfuse.chart import line_chart, short
 from rollfuse.config import Config
 from rollfuse.rollout.picture import DARK, LIGHT, NAMESPACE, tree_picture
+from rollfuse.rollout.record import Source
 
 Record = Mapping[str, Any]
 
@@ -29,6 +30,16 @@ CURVES: tuple[tuple[str, str, str, float | None], ...] = (
     ("clip_fraction", "Clip fraction", "share of trained tokens clipped", 0.0),
     ("sampler_trainer_diff", "Sampler - trainer", "mean |log-prob difference|, nats", 0.0),
     ("tokens_per_second", "Throughput", "sampled tokens per second of a step", 0.0),
+)
+
+# Only of runs with --reuse.
+REUSE_CURVES: tuple[tuple[str, str, str, float | None], ...] = (
+    ("reused", "Reused tokens", "share that was guessed and stayed", 0.0),
+    ("accepted", "Accepted guesses", "share of the guessed tokens that stayed", 0.0),
+    ("accepted_run", "Accepted run", "tokens taken over from an older response", 0.0),
+    ("match_rate", "Match rate", "chance that an older token stays", None),
+    ("match_most", "Match rate, most", "1 - TV: what any exact rule can reach", None),
+    ("match_least", "Match rate, least", "(1 - TV) / (1 + TV): what coupling is sure of", None),
 )
 
 
@@ -48,7 +59,7 @@ def write_report(
             f"<h1>{escape(title)}</h1>",
             _summary(metrics),
             '<section class="charts">',
-            *(_chart(metrics, *curve) for curve in CURVES),
+            *(_chart(metrics, *curve) for curve in _curves(metrics)),
             '</section><p class="hint">Across: GRPO steps. The faint line is every step, the '
             "strong one its running mean; the number is the last one measured.</p>",
             "<h2>A group as a tree</h2>",
@@ -57,7 +68,8 @@ def write_report(
             _tree(samples),
             "<h2>Responses</h2>",
             '<p class="hint">Reward, length, text. The stronger a token is marked, the less likely '
-            "the policy thought it; point at it for its probability.</p>",
+            "the policy thought it; point at it for its probability. Underlined tokens were reused."
+            "</p>",
             _samples(samples),
             "<h2>Configuration</h2>",
             _config(config),
@@ -66,6 +78,11 @@ def write_report(
     partial = path.with_suffix(".partial")
     partial.write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), "utf-8")
     partial.replace(path)
+
+
+def _curves(metrics: Sequence[Record]) -> tuple[tuple[str, str, str, float | None], ...]:
+    known = {name for record in metrics for name in record}
+    return (*CURVES, *(curve for curve in REUSE_CURVES if curve[0] in known))
 
 
 def _summary(metrics: Sequence[Record]) -> str:
@@ -145,15 +162,21 @@ def _samples(samples: Sequence[Record]) -> str:
 
 def _response(sample: Record) -> str:
     reward = float(sample["reward"])
+    # Runs of older versions have not recorded where a token came from.
+    sources = sample.get("source", [Source.SAMPLED] * len(sample["tokens"]))
     tokens = "".join(
-        f'<span title="{math.exp(logp):.3f}" style="--p:{_shade(logp):.0f}%">{escape(token)}</span>'
-        for token, logp in zip(sample["tokens"], sample["logp"], strict=True)
+        f'<span title="{math.exp(logp):.3f}" style="--p:{_shade(logp):.0f}%"'
+        f"{' class=r' if source in _REUSED else ''}>{escape(token)}</span>"
+        for token, logp, source in zip(sample["tokens"], sample["logp"], sources, strict=True)
     )
     kind = "good" if reward > 0 else "bad"
     return (
         f'<tr><td><b class="{kind}">{short(reward)}</b></td>'
         f'<td class="n">{len(sample["tokens"])} tok</td><td class="text">{tokens}</td></tr>'
     )
+
+
+_REUSED = (Source.VERIFIED, Source.LENIENT)
 
 
 def _shade(logp: float) -> float:
@@ -213,6 +236,7 @@ article { padding:12px 16px; margin:8px 0; overflow-x:auto }
 .answer { margin:0 0 6px; font-size:13px } td { padding:2px 10px 2px 0; vertical-align:top }
 .text { white-space:pre-wrap; font:14px/1.6 ui-monospace, monospace }
 .text span { background:color-mix(in srgb, var(--mark) var(--p), transparent); border-radius:3px }
+.text .r { text-decoration:underline; text-underline-offset:3px }
 .good { color:var(--good) } .bad { color:var(--bad) } .n { white-space:nowrap; font-size:13px }
 .config th { text-align:left; font-weight:500; padding:2px 24px 2px 0; color:var(--soft) }
 """

@@ -4,7 +4,8 @@
     metrics.jsonl      one line a step
     samples.jsonl      responses to read
     tensorboard/       the same metrics
-    checkpoints/       step-000050/: a directory transformers loads, the optimiser, the counters
+    checkpoints/       step-000050/: a directory transformers loads, the optimiser, the counters,
+                       with --reuse what is remembered of earlier rollouts
     report.html        curves and samples, one file without network
 
 A checkpoint is written beside its final name and renamed when it is on the disk, so a directory
@@ -35,6 +36,9 @@ from rollfuse.kernels import checks
 
 if TYPE_CHECKING:
     from rollfuse.policy import Policy
+    from rollfuse.reuse import Reuse
+
+_DRAFTS = "drafts.safetensors"
 
 
 @dataclass(slots=True)
@@ -100,8 +104,18 @@ class RunDirectory:
         """The lines of `metrics` or `samples`."""
         return read_records(self.path / f"{name}.jsonl")
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write a checkpoint, whole or not at all, and drop those older than the last few."""
+    def save(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        drafts: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write a checkpoint, whole or not at all, and drop those older than the last few.
+
+        Args:
+            drafts: what is remembered of earlier rollouts, if it is.
+        """
         from safetensors.torch import save_file
 
         folder = self.path / "checkpoints"
@@ -114,6 +128,8 @@ class RunDirectory:
         policy.save(partial)
         tensors, scalars = _flat_optimizer(optimizer)
         save_file(tensors, partial / "optimizer.safetensors")
+        if drafts is not None:
+            save_file(dict(drafts), partial / _DRAFTS)
         rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         state = {"progress": asdict(progress), "optimizer": scalars, "torch_rng": rng}
         (partial / "state.json").write_text(json.dumps(state), "utf-8")
@@ -180,8 +196,10 @@ def last_state(path: str | Path) -> tuple[Config, Path]:
     return config, latest
 
 
-def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint's optimiser state and random state back; returns its counters.
+def restore(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, reuse: Reuse | None = None
+) -> Progress:
+    """Put a checkpoint's optimiser, random state and memory back; returns its counters.
 
     The weights are read by `load_policy(checkpoint)`.
 
@@ -191,13 +209,13 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
     from safetensors import SafetensorError
 
     try:
-        return _restore(checkpoint, optimizer)
+        return _restore(checkpoint, optimizer, reuse)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         need = "a checkpoint as this version writes it"
         raise ValueError(f"{checkpoint}: need {need}, got one with {error!r}") from error
 
 
-def _restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(checkpoint: Path, optimizer: torch.optim.Optimizer, reuse: Reuse | None) -> Progress:
     from safetensors.torch import load_file
 
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))
@@ -208,6 +226,9 @@ def _restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
         parameters.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": parameters, "param_groups": state["optimizer"]})
     rng = bytearray(base64.b64decode(state["torch_rng"]))
+    # A run that reuses from here on begins with nothing.
+    if reuse is not None and (checkpoint / _DRAFTS).is_file():
+        reuse.load(load_file(checkpoint / _DRAFTS))
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
     return Progress(**state["progress"])
 

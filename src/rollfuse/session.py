@@ -24,6 +24,7 @@ from rollfuse.policy import (
     warm_start,
 )
 from rollfuse.report import write_report
+from rollfuse.reuse import Reuse, new_reuse
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.tasks import Problem, Task, built_in_task, questions_task
 from rollfuse.run import (
@@ -49,6 +50,7 @@ class Session:
     optimizer: torch.optim.AdamW
     progress: Progress
     run: RunDirectory
+    reuse: Reuse | None
     # False from the first change of the weights to the end of the step: half a step cannot be
     # gone on from.
     is_between_steps: bool = True
@@ -80,7 +82,8 @@ def start(config: Config, out: str | Path) -> Session:
     run = RunDirectory.create(out, config)
     if reference is not None and config.model is None:
         reference.save(run.path / "reference")
-    session = Session(config, task, policy, reference, engine, optimizer, Progress(), run)
+    reuse = new_reuse(config)
+    session = Session(config, task, policy, reference, engine, optimizer, Progress(), run, reuse)
     save(session)
     return session
 
@@ -101,15 +104,17 @@ def reopen(out: str | Path, *, steps: int | None) -> Session:
     if config.reference:
         reference = _frozen(load_policy(config.model or Path(out) / "reference"), config)
     engine, optimizer = _engine(policy, config), _optimizer(policy, config)
-    progress = restore(checkpoint, optimizer)
+    reuse = new_reuse(config)
+    progress = restore(checkpoint, optimizer, reuse)
     run = RunDirectory.reopen(out, config)
-    return Session(config, task, policy, reference, engine, optimizer, progress, run)
+    return Session(config, task, policy, reference, engine, optimizer, progress, run, reuse)
 
 
 def save(session: Session) -> None:
     """Write a checkpoint of the finished steps, unless there is one."""
     assert session.is_between_steps
-    session.run.save(session.policy, session.optimizer, session.progress)
+    drafts = None if session.reuse is None else session.reuse.state()
+    session.run.save(session.policy, session.optimizer, session.progress, drafts)
 
 
 def report(session: Session) -> None:
@@ -144,12 +149,19 @@ def rescue(session: Session) -> str:
 def load_task(config: Config) -> Task:
     """The problems the config names: a file's, or a built-in task's."""
     if config.data is None:
-        return built_in_task(config.task, heldout=config.heldout)
-    try:
-        return questions_task(config.data, heldout=config.heldout)
-    except OSError as error:
-        got = f"{config.data} ({error.strerror})"
-        raise ValueError(f"--data: need a JSON-lines file, got {got}") from error
+        task = built_in_task(config.task, heldout=config.heldout)
+    else:
+        try:
+            task = questions_task(config.data, heldout=config.heldout)
+        except OSError as error:
+            got = f"{config.data} ({error.strerror})"
+            raise ValueError(f"--data: need a JSON-lines file, got {got}") from error
+    if config.problems is None:
+        return task
+    there = len(task.train)
+    needed = f"at most the {there} problems there are to train on"
+    checks.need(config.problems <= there, "--problems", needed, config.problems)
+    return replace(task, train=task.train[: config.problems])
 
 
 def _first_policy(config: Config, task: Task) -> Policy:
