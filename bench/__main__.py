@@ -9,10 +9,13 @@ import sys
 # A module of this folder each, imported only when asked for: their rivals and plots are extras.
 COMMANDS = {
     "head": "the fused head against its rivals and the bare GEMMs",
+    "logits": "the policy loss from logits that exist against its rivals and a copy of them",
     "tree": "the tree cache: attention, forks, the engine, counted bytes",
-    "table": "stored results of head, gpu and tree as tables",
+    "table": "stored results of head, logits, gpu and tree as tables",
     "demo": "does the demo learn, how fast, and do its controls not",
     "loop": "the GRPO loop against TRL's trainer",
+    "sampling": "drawing and verifying tokens from hidden states, against torch",
+    "reuse": "the loop with and without reuse of earlier rollouts",
     "gpu": "check every kernel on this GPU, then benchmark, in one go",
     "portability": "every Triton kernel compiled for GPUs that are not here",
 }

@@ -245,24 +245,37 @@ def _by_formulas(
 
     logps, entropies = [], []
     for rows in slices:
-        log_p = log_probabilities(rows)  # (rows, V)
-        logps.append(log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
-        entropies.append(-(log_p.exp() * log_p).sum(1))
+        scores = exact_scores(log_probabilities(rows), targets[rows])
+        logps.append(scores[0])
+        entropies.append(scores[1])
     logp, entropy = torch.cat(logps), torch.cat(entropies)
     found = evaluate(objective, logp, entropy, inputs.batch.keep(active))
     dhidden = torch.zeros_like(hidden, dtype=products)
     dweight = None if inputs.case.frozen_head else torch.zeros_like(weight)
     for i, rows in enumerate(slices):
         some = slice(i * rows_at_once, i * rows_at_once + len(rows))
+        derivatives = found.dlogp[some], None if found.dentropy is None else found.dentropy[some]
         log_p = log_probabilities(rows)
-        p = log_p.exp()
-        dlogits = -found.dlogp[some].unsqueeze(1) * p
-        dlogits[torch.arange(len(rows)), targets[rows]] += found.dlogp[some]
-        if found.dentropy is not None:
-            surprise = log_p + entropy[some].unsqueeze(1)
-            dlogits -= found.dentropy[some].unsqueeze(1) * p * surprise
-        dlogits = dlogits.to(products)
+        dlogits = exact_dlogits(log_p, targets[rows], entropy[some], *derivatives).to(products)
         dhidden[rows] = dlogits @ weight
         if dweight is not None:
             dweight.addmm_(dlogits.T, hidden[rows].to(products))
     return Outcome(found.loss, logp, entropy, dhidden, dweight)
+
+
+def exact_scores(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logp and entropy (rows,) by the plain formulas, of log-probabilities (rows, V) in float64."""
+    logp = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return logp, -(log_p.exp() * log_p).sum(1)
+
+
+def exact_dlogits(
+    log_p: Tensor, targets: Tensor, entropy: Tensor, dlogp: Tensor, dentropy: Tensor | None
+) -> Tensor:
+    """(rows, V) the logits' gradient, likewise, from that of logp and of entropy (rows,)."""
+    p = log_p.exp()
+    dlogits = -dlogp.unsqueeze(1) * p
+    dlogits[torch.arange(len(targets)), targets] += dlogp
+    if dentropy is not None:
+        dlogits -= dentropy.unsqueeze(1) * p * (log_p + entropy.unsqueeze(1))
+    return dlogits

@@ -42,6 +42,7 @@ ROUNDING = {
 }
 
 Errors = dict[str, float]
+Values = tuple[Tensor, Tensor | None, Tensor | None]  # loss, logp, entropy
 
 
 def errors(got: Outcome, true: Outcome) -> Errors:
@@ -54,12 +55,7 @@ def errors(got: Outcome, true: Outcome) -> Errors:
     these two.
     A quantity the provider does not return has no entry.
     """
-    found = {"loss": _scalar_error(got.loss, true.loss)}
-    for name in ("logp", "entropy"):
-        value, exact = getattr(got, name), getattr(true, name)
-        if value is not None:
-            off = (value.double() - exact).abs()
-            found[name] = _largest(off if got.scored is None else off[got.scored])
+    found = value_errors(got[:3], true[:3], got.scored)
     for name in ("dhidden", "dweight"):
         value, exact = getattr(got, name), getattr(true, name)
         if exact is None:
@@ -67,6 +63,17 @@ def errors(got: Outcome, true: Outcome) -> Errors:
         if value is None:
             raise ValueError(f"{name}: need a gradient, got None")
         found |= tensor_errors(name, value, exact)
+    return found
+
+
+def value_errors(got: Values, true: Values, scored: Tensor | None = None) -> Errors:
+    """The entries of `errors` on loss, logp and entropy; `scored`: which of these two count."""
+    found = {"loss": _scalar_error(got[0], true[0])}
+    for name, value, exact in zip(("logp", "entropy"), got[1:], true[1:], strict=True):
+        if value is not None:
+            assert exact is not None
+            off = (value.double() - exact).abs()
+            found[name] = _largest(off if scored is None else off[scored])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a case of `bench tree`, and the rows and the table that come of it."""
+"""Who takes part in a case of `bench tree` or `bench logits`, and the rows that come of it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ class Entrant:
     Attributes:
         steps: makes its steps, by configuration; raises `choice.Unavailable`.
         ours: whether its errors are raised, and cost the run its exit status.
+        about: what a reader of its row should know, such as what is timed.
     """
 
     name: str
     steps: Callable[[], Mapping[str, Callable[[], Any]]]
     ours: bool = False
+    about: str = ""
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ def measure_all(
             plan.finish(result)
 
     for entrant in entrants:
-        entry = Entry(entrant.name, entrant.ours)
+        entry = Entry(entrant.name, entrant.ours, note=entrant.about)
         entries.append(entry)
         found = fastest_right(entrant.steps, finished, plan.device, ours=entrant.ours)
         if isinstance(found, str):
@@ -91,7 +93,8 @@ def measure_all(
             continue
         steps[entrant.name] = found.step
         entry.configuration, entry.facts = found.configuration, found.verdict
-        entry.note = found.dropped and f"dropped: {found.dropped}"
+        dropped = found.dropped and f"dropped: {found.dropped}"
+        entry.note = "; ".join(part for part in (entrant.about, dropped) if part)
     timed = {**plan.extra, **steps}
     times = measure.interleave(timed, plan.repeats, plan.device, finish=plan.finish)
     for entry in entries:
@@ -128,12 +131,12 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, C
     return f"\n{title}\n{report.aligned(lines)}"
 
 
-def fact(name: str, form: str = "{}", scale: float = 1.0) -> Column:
+def fact(name: str, form: str = "{}", scale: float | None = None) -> Column:
     """A column of `facts`, "-" where a row lacks it."""
 
     def cell(row: Mapping[str, Any]) -> str:
         value = row["facts"].get(name)
-        return "-" if value is None else form.format(value * scale)
+        return "-" if value is None else form.format(value if scale is None else value * scale)
 
     return cell
 
@@ -143,8 +146,8 @@ def milliseconds(row: Mapping[str, Any]) -> str:
 
 
 def ratio(row: Mapping[str, Any]) -> str:
-    return f"{row['ratio']['median']:.3f}"
+    return f"{row['ratio']['median']:.3f}" if row["ratio"] else "-"
 
 
 def ratio_range(row: Mapping[str, Any]) -> str:
-    return f"{row['ratio']['low']:.2f}..{row['ratio']['high']:.2f}"
+    return f"{row['ratio']['low']:.2f}..{row['ratio']['high']:.2f}" if row["ratio"] else "-"

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rollfuse import TokenBatch, grpo, policy_loss
-from rollfuse.bench import card, measure, report, tree_card
+from rollfuse.bench import card, measure, report, sampling_card, tree_card
 from rollfuse.bench.cases import Case, grid
 from rollfuse.bench.choice import first_line
 from rollfuse.bench.head import Settings, measure_case
@@ -124,8 +124,8 @@ def main(argv: list[str]) -> int:
 def _check(device: torch.device, until: float, result: dict[str, object]) -> bool:
     """Whether every check passed; `result` gets them."""
     checks: list[card.Result] = []
-    both = chain(card.run_checks(device), tree_card.run_checks(device))
-    ended = attempt(lambda: checks.extend(map(_shown, both)), until)
+    every = chain(*(of.run_checks(device) for of in (card, sampling_card, tree_card)))
+    ended = attempt(lambda: checks.extend(map(_shown, every)), until)
     if isinstance(ended, Unmeasured):
         checks.append(_shown(card.Result("the checks that follow", ended.reason)))
     result["checks"] = [check._asdict() for check in checks]

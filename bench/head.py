@@ -190,18 +190,13 @@ def main(argv: list[str]) -> int:
         parser.error(f"--tokens: need multiples of {N_SEQUENCES} from {least} on, got {bad}")
     if options.plot is not None and find_spec("matplotlib") is None:
         parser.error("--plot: need matplotlib, from the extra rollfuse[bench]")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    command = "python -m rollfuse.bench head " + shlex.join(argv)
+    device, facts = report.begin(f"head {shlex.join(argv)}", options.threads)
     settings = Settings(
         device,
         repeats=3 if options.quick else options.repeats,
         memory=not (options.no_memory or options.quick),
     )
     wanted = [p for p in PROVIDERS if not options.providers or p.name in options.providers]
-    facts = measure.provenance(command.strip(), device)
-    print(report.heading(facts))
     rows: list[Row] = []
     for case in _cases(options):
         measured = measure_case(case, wanted, settings)

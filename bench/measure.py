@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from rollfuse.bench.apart import Elsewhere
+
 Step = Callable[[], object]
 Result = TypeVar("Result")
 
@@ -47,7 +49,7 @@ def seconds(step: Step, device: torch.device) -> float:
 
 
 def timed(step: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Result and wall time of one call, the device's work included."""
+    """Result and wall time of one call, the device's work included; of an Elsewhere, its own."""
     if device.type == "cuda":
         # The caches start cold, as they do inside a training step.
         torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
@@ -56,7 +58,8 @@ def timed(step: Callable[[], Result], device: torch.device) -> tuple[Result, flo
     result = step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    elapsed = time.perf_counter() - start
+    return result if isinstance(result, Elsewhere) else (result, elapsed)
 
 
 def interleave(
@@ -138,10 +141,8 @@ def peak_memory(step: Callable[[], tuple[torch.Tensor | None, ...]], device: tor
         torch.cuda.synchronize(device)
         return Peak(torch.cuda.max_memory_allocated(device) - before - returned, None)
     resident = _peak_resident(step)
-    profile = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    )
-    with profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         result = step()
         returned = _bytes_of(result)
     return Peak(_peak_of_trace(profile) - returned, resident)
@@ -243,9 +244,8 @@ def _device_facts(device: torch.device) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(device)
         facts["name"] = properties.name
         facts["memory_bytes"] = properties.total_memory
-        facts["arch"] = getattr(
-            properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"
-        )
+        capability = f"sm_{properties.major}{properties.minor}"
+        facts["arch"] = getattr(properties, "gcnArchName", capability)
         facts["toolkit"] = torch.version.hip or torch.version.cuda
     else:
         facts["name"] = facts["cpu"]

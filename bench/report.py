@@ -1,4 +1,4 @@
-"""Rows of the head benchmark, and the table that shows them."""
+"""What a benchmark prints first; rows of the head benchmark, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
+from rollfuse.bench import measure
 from rollfuse.bench.cases import Case
 from rollfuse.bench.check import Errors
 from rollfuse.bench.measure import Peak, Spread
@@ -52,6 +55,20 @@ class Row:
             if values[name] is not None:
                 values[name] = kind(**values[name])
         return Row(**values)
+
+
+def begin(arguments: str, threads: int | None) -> tuple[torch.device, dict[str, object]]:
+    """Set the threads and print where this runs; the device, and what a result file tells of it.
+
+    Args:
+        arguments: of `python -m rollfuse.bench`.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = measure.provenance(f"python -m rollfuse.bench {arguments}".strip(), device)
+    print(heading(facts), flush=True)
+    return device, facts
 
 
 def heading(facts: Mapping[str, object]) -> str:

@@ -130,22 +130,26 @@ def _rollfuse(inputs: Inputs) -> dict[str, Step]:
 # -- plain PyTorch --------------------------------------------------------------------------
 
 
-def scores_from_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def scores_from_hidden(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return scores_from_logits(F.linear(hidden, weight), targets)
+
+
+def scores_from_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logp and entropy the way one writes them; float32 whatever the operands are."""
-    log_p = torch.log_softmax(F.linear(hidden, weight).float(), -1)  # (A, V)
+    log_p = torch.log_softmax(logits.float(), -1)  # (A, V)
     logp = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
     return logp, -(log_p.exp() * log_p).sum(-1)
 
 
 def _eager(inputs: Inputs) -> dict[str, Step]:
     rows, targets = _active(inputs)
-    step = _step_of(inputs, lambda: scores_from_logits(rows(), inputs.weight, targets))
+    step = _step_of(inputs, lambda: scores_from_hidden(rows(), inputs.weight, targets))
     return {"log_softmax, active rows": step}
 
 
 def _compiled(inputs: Inputs) -> dict[str, Step]:
     rows, targets = _active(inputs)
-    scores = torch.compile(scores_from_logits, dynamic=False)
+    scores = torch.compile(scores_from_hidden, dynamic=False)
     step = _step_of(inputs, lambda: scores(rows(), inputs.weight, targets))
     return {"log_softmax, active rows": step}
 

@@ -13,14 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rollfuse.bench import plots, report, tree
+from rollfuse.bench import logits, plots, report, reuse, sampling, tree
 from rollfuse.bench.report import Row
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rollfuse.bench table", description=__doc__)
     parser.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE", help="JSON of head, gpu or tree"
+        "files", type=Path, nargs="+", metavar="FILE", help="JSON of any but demo and loop"
     )
     parser.add_argument("--plot", type=Path, help="draw the rows of all files here (PNG)")
     options = parser.parse_args(argv)
@@ -29,12 +29,18 @@ def main(argv: list[str]) -> int:
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            parser.error(f"{path}: need a result of head, gpu or tree, got {error}")
+            parser.error(f"{path}: need a result of a measurement, got {error}")
+        # What tells a result apart, and who shows it.
+        shown = {
+            "logits": logits.tables, "tree": tree.table, "seeds": reuse.table,
+            "cases": sampling.table,
+        }  # fmt: skip
+        kind = next((kind for kind in shown if kind in result), None)
+        if kind is not None:
+            print(f"{report.heading(result)}\n{shown[kind](result)}\n")
+            continue
         if "rows" not in result:
             parser.error(f"{path}: need a result with rows, got keys {', '.join(result)}")
-        if "tree" in result:
-            print(f"{report.heading(result)}\n{tree.table(result)}\n")
-            continue
         print(f"{report.heading(result)}\n{tables(result['rows'])}\n")
         drawn += result["rows"]
     if options.plot is not None:

@@ -12,8 +12,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rollfuse.bench import (
     entrant,
     measure,
@@ -59,12 +57,7 @@ def main(argv: list[str]) -> int:
         numbers = value if isinstance(value, list) else [value]
         if any(type(number) is int and number < 1 for number in numbers):
             parser.error(f"--{name.replace('_', '-')}: need at least 1, got {value}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    command = f"python -m rollfuse.bench tree {shlex.join(argv)}".strip()
-    facts = measure.provenance(command, device)
-    print(report.heading(facts), flush=True)
+    device, facts = report.begin(f"tree {shlex.join(argv)}", options.threads)
     found = CASES[options.tree].run(options, device)
     result = {**facts, "tree": options.tree, "repeats": options.repeats, **found}
     if options.json is not None:

@@ -3,7 +3,7 @@
 One random Qwen3, a prompt, G responses without an end token, so that all are of full length.
 Every provider must make G times that many tokens, in texts that differ, and draw them from the
 model's own distribution: the sum of log-probs and entropies under a plain forward must be zero but
-for chance.
+for chance. The floor is the model's forward over as many tokens without any context.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from rollfuse.bench import entrant, generation_rivals, measure, tree_planning
+from rollfuse.bench import entrant, generation, generation_rivals, measure, tree_planning
 from rollfuse.bench.choice import Wrong
-from rollfuse.bench.entrant import Plan
-from rollfuse.bench.generation_rivals import Generated, Setting
+from rollfuse.bench.entrant import Entrant, Entry, Plan
+from rollfuse.bench.generation import FLOOR, Generated, Setting
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Standard errors between the mean log-prob and minus the entropy; chance stays far below.
@@ -44,7 +45,13 @@ class Case:
 
 
 def make_setting(case: Case, device: torch.device, *, seed: int = 0) -> Setting:
-    """A random model with tied embeddings, and the sizes of a group."""
+    """A random model, and the sizes of a group."""
+    recipe = partial(make_model, case, device, seed)
+    return Setting(recipe, case.prompt, case.branches, case.response)
+
+
+def make_model(case: Case, device: torch.device, seed: int) -> Any:
+    """A random model with tied embeddings, the same one in every process."""
     transformers = importlib.import_module("transformers")
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
     config = transformers.Qwen3Config(
@@ -64,8 +71,7 @@ def make_setting(case: Case, device: torch.device, *, seed: int = 0) -> Setting:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config)
-    model = model.to(device, getattr(torch, case.dtype)).eval()
-    return Setting(model, case.prompt, case.branches, case.response)
+    return model.to(device, getattr(torch, case.dtype)).eval()
 
 
 def accept(setting: Setting, made: Generated) -> dict[str, Any]:
@@ -104,28 +110,39 @@ def measure_case(
     everyone = generation_rivals.entrants(setting)
     wanted = [e for e in everyone if providers is None or e.name in providers]
     try:
-        found = entrant.measure_all(
-            wanted, lambda made: accept(setting, made), Plan(device, repeats)
-        )
-        for entry in found.entries:
-            if entry.seconds is None:
-                continue
-            with generation_rivals.counting(setting.model, *setting.copies) as counted:
-                found.steps[entry.provider]()
-            entry.facts |= asdict(counted) | {
-                "tokens_per_second": entry.facts["tokens"] / entry.seconds.median
-            }
-            if "rollfuse" in found.times:
-                times = found.times[entry.provider]
-                entry.ratio = measure.paired_ratio(times, found.times["rollfuse"])
+        entries = _measure(setting, wanted, device, repeats) if wanted else []
     finally:
-        generation_rivals.stop(setting)
+        setting.stop()
     parameters = sum(p.numel() for p in setting.model.parameters())
-    return {
-        "case": asdict(case),
-        "parameters": parameters,
-        "rows": entrant.result_of(found.entries),
-    }
+    return {"case": asdict(case), "parameters": parameters, "rows": entrant.result_of(entries)}
+
+
+def _measure(
+    setting: Setting, wanted: Sequence[Entrant], device: torch.device, repeats: int
+) -> list[Entry]:
+    """The floor's entry, and those of the wanted."""
+    floor = generation.floor_step(setting)
+    floor()
+    found = entrant.measure_all(
+        wanted, lambda made: accept(setting, made), Plan(device, repeats, {FLOOR: floor})
+    )
+    alone = Entry(FLOOR, configuration="no context", note="timed: forward passes, no sampling")
+    alone.seconds = measure.spread(found.times[FLOOR])
+    alone.facts["tokens"] = setting.n * setting.response
+    entries = [alone, *found.entries]
+    for entry in entries:
+        if entry.seconds is None:
+            continue
+        times = found.times[entry.provider]
+        step = floor if entry is alone else found.steps[entry.provider]
+        with generation.counting(setting.model) as here:
+            made = measure.timed(step, device)[0]
+        entry.facts |= asdict(made.counted if made is not None and made.counted else here)
+        entry.facts["tokens_per_second"] = entry.facts["tokens"] / entry.seconds.median
+        entry.facts["over_floor"] = asdict(measure.paired_ratio(times, found.times[FLOOR]))
+        if "rollfuse" in found.times:
+            entry.ratio = measure.paired_ratio(times, found.times["rollfuse"])
+    return entries
 
 
 def table(result: dict[str, Any]) -> str:
@@ -137,6 +154,7 @@ def table(result: dict[str, Any]) -> str:
     )
     columns = {
         "tokens/s": entrant.fact("tokens_per_second", "{:.0f}"),
+        "x floor": entrant.fact("over_floor", "{0[median]:.2f}"),
         "x our time": entrant.ratio,
         "20..80 %": entrant.ratio_range,
         "KV MiB": entrant.fact("kv_bytes", "{:.1f}", 2.0**-20),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rollfuse.bench import card, gpu, measure, tree_card
+from rollfuse.bench import card, gpu, measure, sampling_card, tree_card
 from rollfuse.bench.cases import Case
 from rollfuse.bench.report import FLOOR, Row
 
@@ -35,6 +35,7 @@ def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "provenance", lambda command, device: facts)
     monkeypatch.setattr(card, "run_checks", lambda device: iter([card.Result("a", None)]))
     monkeypatch.setattr(tree_card, "run_checks", lambda device: iter([]))
+    monkeypatch.setattr(sampling_card, "run_checks", lambda device: iter([]))
     monkeypatch.setattr(gpu, "_from_logits", lambda device: {"tokens": 1})
     monkeypatch.setattr(gpu, "cases", lambda: CASES)
     path = tmp_path / "gpu.json"
@@ -167,7 +168,7 @@ def test_nothing_is_measured_after_a_failed_check(fake_gpu, monkeypatch, problem
 def test_card_checks_pass_and_can_fail(monkeypatch) -> None:
     results = list(card.run_checks(CPU))
     assert [r for r in results if r.problem is not None] == []
-    assert len(results) == 3 * 2 * 12 + 4 + 1
+    assert len(results) == 3 * 2 * 12 + 4
     right = card.linear_policy_loss
 
     def slightly_wrong(*args, **kwargs):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from rollfuse.bench import tree_engine, tree_planning
+from rollfuse.bench.apart import Apart
 from rollfuse.bench.choice import Wrong
-from rollfuse.bench.generation_rivals import NAMES, Generated, counting, engine_steps
+from rollfuse.bench.continuous_batching import continuous_steps
+from rollfuse.bench.generation import FLOOR, Generated, counting, floor_step
+from rollfuse.bench.generation_rivals import NAMES, engine_steps
+from rollfuse.bench.race import fingerprint
 from rollfuse.bench.tree_planning import Watch, planning_share
 
 CPU = torch.device("cpu")
@@ -34,14 +41,21 @@ def test_everybody_makes_all_tokens():
     pytest.importorskip("trl", reason="needs TRL: the extra [rivals]")
     result = tree_engine.measure_case(MODEL, CPU, 1)
     rows = rows_by_name(result)
-    assert list(rows) == list(NAMES)
+    assert list(rows) == [FLOOR, *NAMES]
     for name, row in rows.items():
-        assert row["status"] == "ok", name
-        assert row["facts"]["tokens"] == 15 and row["facts"]["passes"] == 5, name
-        assert row["facts"]["kv_bytes"] > 0 and row["facts"]["tokens_per_second"] > 0
+        assert row["status"] == "ok", (name, row["status"])
+        assert row["note"].startswith("timed: "), name
+        assert row["facts"]["tokens"] == 15, name
+        # Requests that come one after the other may need a pass more.
+        assert row["facts"]["passes"] == 5 or "continuous" in name and row["facts"]["passes"] <= 7
+        assert row["facts"]["tokens_per_second"] > 0
+        assert name == FLOOR or row["facts"]["kv_bytes"] > 0
+        over = row["seconds"]["median"] / rows[FLOOR]["seconds"]["median"]
+        assert row["facts"]["over_floor"]["median"] == pytest.approx(over)
     token = 2 * 2 * 16 * 4  # bytes in both layers
     assert rows["TRL generation"]["facts"]["kv_bytes"] == 3 * 13 * token
     # The prompt once, then three texts a pass; or less, where two still agree.
+    assert rows[FLOOR]["facts"]["pushed"] == 9 + 4 * 3
     assert rows["rollfuse"]["facts"]["pushed"] <= 9 + 4 * 3
     assert rows["transformers generate"]["facts"]["pushed"] == 3 * (9 + 4)
 
@@ -93,6 +107,51 @@ def test_passes_are_counted(setting):
         setting.model(torch.tensor([[1], [2]]))
     setting.model(torch.tensor([[1]]))
     assert (counted.passes, counted.pushed) == (2, 5)
+
+
+def test_the_floor_has_no_context(setting):
+    shapes, kept = [], []
+
+    def seen(module, given, options, made):
+        shapes.append((tuple(given[0].shape), tuple(made.logits.shape)))
+        kept.append(made.past_key_values)
+
+    hook = setting.model.register_forward_hook(seen, with_kwargs=True)
+    floor_step(setting)()
+    hook.remove()
+    # The prompt up to its last row's logits, then rows that see themselves alone.
+    assert shapes == [((1, 9), (1, 1, 64)), *[((3, 1), (3, 1, 64))] * 4]
+    assert kept == [None] * 5
+
+
+def test_without_rivals_nothing_is_timed():
+    pytest.importorskip("transformers", reason="needs transformers: the extra [grpo]")
+    assert tree_engine.measure_case(MODEL, CPU, 1, [])["rows"] == []
+
+
+def test_another_process_makes_the_same_model(setting):
+    apart = Apart(partial(dict, model=setting.recipe))
+    assert fingerprint(apart("model")) == fingerprint(setting.model)
+    apart.close()
+
+
+def test_continuous_batching_has_a_process_of_its_own(setting):
+    apart = replace(setting, apart=[])
+    before, running = threading.active_count(), set(multiprocessing.active_children())
+    steps = continuous_steps(apart)
+    try:
+        for step in steps.values():
+            first, second = step(), step()
+            for made, seconds in (first, second):
+                tree_engine.accept(apart, made)
+                # Requests that come one after the other may need a pass more.
+                assert seconds > 0.0 and 5 <= made.counted.passes <= 7
+            assert first.result.prompt != second.result.prompt
+        assert threading.active_count() == before
+        assert len(set(multiprocessing.active_children()) - running) == 1
+    finally:
+        apart.stop()
+    assert not set(multiprocessing.active_children()) - running and not apart.apart
 
 
 def test_planning_is_part_of_a_step(setting, monkeypatch):
