@@ -28,6 +28,7 @@ COMPARISONS = {
     "statistics": "test_statistics.py",
     "tree_attention": "test_tree_attention.py",
     "tree_write": "test_tree_attention.py",
+    "truncation": "test_truncation.py",
 }
 SPOIL = """
 

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from rollfuse import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +27,7 @@ def names() -> dict[str, object]:
 
 
 def test_the_blocks_give_a_loss_and_gradients(names):
-    assert len(CODE) == 5
+    assert len(CODE) == 7
     assert names["out"].loss.isfinite()
     for tensor in (names["hidden"], names["weight"]):
         assert tensor.grad.isfinite().all()
@@ -46,6 +49,15 @@ def test_the_blocks_grow_a_tree(names):
     assert names["held"].n_tokens == 4 + 4 * 6
     names["cache"].check()
     assert names["cache"].statistics().n_pages_used == 0
+
+
+def test_the_blocks_draw_and_verify(names):
+    assert names["old"].support.isfinite().all()
+    assert 0 <= int(names["verdict"].n_accepted) <= 5
+    assert int(names["verdict"].next_token) >= 0
+    assert torch.equal(names["second"].tokens, names["first"].tokens)  # nothing was trained
+    assert set(names["second"].source.tolist()) == {Source.VERIFIED}
+    assert torch.equal(names["same"].tokens, names["first"].tokens)
 
 
 def test_the_blocks_are_as_short_as_promised():
