@@ -26,6 +26,7 @@ from rollfuse import (
     sample_tokens,
     verify,
 )
+from rollfuse.kernels import plan as plans
 from rollfuse.kernels.dispatch import backend
 from rollfuse.kernels.noise import Purpose, gumbels, noise_words, row_keys
 from rollfuse.kernels.verification import Rule
@@ -59,7 +60,11 @@ def of_sequence(draft: Draft, b: int) -> tuple[Draft, slice]:
 
 
 @pytest.mark.parametrize("name", BY_CHANCE)
-def test_under_an_invariant_plan_a_sequence_alone_has_the_same_bits(name: str) -> None:
+def test_under_an_invariant_plan_a_sequence_alone_has_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.name == "interpret":  # every call fills up a chunk
+        monkeypatch.setattr(plans, "_INVARIANT_ROWS", {"cpu": 16})
     rule, n_drafts = BY_CHANCE[name]
     draft, target = ragged(FEW, VOCABULARY, n_drafts=n_drafts, seed=3, device=DEVICE)
     weight = torch.randn(VOCABULARY, 48, device=DEVICE)
@@ -67,7 +72,7 @@ def test_under_an_invariant_plan_a_sequence_alone_has_the_same_bits(name: str) -
     plan, sampling = Plan(invariant=True), Sampling(0.7, top_p=0.95)
     found = verify(rule, draft, Target(hidden, weight, sampling, plan))
     cut = 0
-    for b in range(FEW):
+    for b in range(0, FEW, 4 if backend.name == "interpret" else 1):
         alone, rows = of_sequence(draft, b)
         of_alone = Target(hidden[rows], weight, sampling, plan)
         other = verify(rule, alone, of_alone)
@@ -79,7 +84,7 @@ def test_under_an_invariant_plan_a_sequence_alone_has_the_same_bits(name: str) -
         scored = of_alone.score(other.ids.clamp_min(0)).logp
         assert torch.equal(other.logp[used], scored[used])
         cut += int(alone.cu_seqlens.diff()[other.followed]) > n
-    assert cut > 3
+    assert cut > (0 if backend.name == "interpret" else 3)
 
 
 @pytest.mark.parametrize("name", BY_CHANCE)
