@@ -87,7 +87,7 @@ class Drafter(Protocol):
 
     @property
     def rule(self) -> Rule:
-        """Which guessed tokens stay."""
+        """Which guessed tokens stay. Set it in `__init__`: a function in a class is a method."""
 
     @property
     def source(self) -> Source:
@@ -97,7 +97,8 @@ class Drafter(Protocol):
         """A `generate` begins; what the drafter knows of an earlier one ends."""
 
     def propose(self, sequences: Sequence[int]) -> list[Chunk | None]:
-        """A guess for each sequence, None without one."""
+        """A guess for each sequence, None without one. Asked again without an `advance` between,
+        for a text that gave way to others, it is the same question."""
 
     def advance(self, news: Sequence[News]) -> None:
         """What sequences have got in a step."""

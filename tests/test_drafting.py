@@ -443,16 +443,20 @@ def test_a_stream_that_drew_an_older_response_is_refused():
         engine.generate(PROMPTS, N, seed=3, drafter=past)
 
 
-def test_a_text_that_begins_like_a_pending_guess_may_join():
+@pytest.mark.parametrize("size", [3, 4, 6])
+def test_a_text_that_begins_like_a_pending_guess_may_join(size):
+    """The first text ends with its second token; then the third one takes its place."""
     model = tiny_qwen3()
-    engine = Engine(model, max_new_tokens=12, stop_tokens=[37], max_batch=2)
-    whole = Engine(model, max_new_tokens=12, stop_tokens=[37])
-    guessed = whole.generate([[1]], 1, seed=3).response(0).tolist()
-    streams = new_streams(3, 3).roll(1)
-    prompts = [[9], [1], [1, *guessed[:3]]]
-    plain = whole.generate(prompts, 1, streams=streams)
-    for size in (1, 3, 6):
-        same(engine.generate(prompts, 1, streams=streams, drafter=Oracle(plain, size)), plain)
+    streams = new_streams(5, 3)
+    free = Engine(model, max_new_tokens=12, stop_tokens=[])
+    two = free.generate([[9], [1]], 1, streams=streams[:2])
+    last, guessed = int(two.response(0)[1]), two.response(1).tolist()
+    assert last != int(two.response(0)[0]) and last not in guessed
+    prompts = [[9], [1], [1, *guessed[: size + 4]]]  # into what is guessed by then
+    options = {"max_new_tokens": 12, "stop_tokens": [last]}
+    plain = Engine(model, **options).generate(prompts, 1, streams=streams)
+    engine = Engine(model, max_batch=2, **options)
+    same(engine.generate(prompts, 1, streams=streams, drafter=Oracle(plain, size)), plain)
 
 
 @pytest.mark.parametrize("seed", range(6))
