@@ -163,10 +163,11 @@ def plan_of(
 ) -> TreePlan:
     """The plan of a tree's spans.
 
-    A node becomes one item, read by all rows below it, unless that costs more bytes than it saves:
-    a partial result is 8 bytes a row, head and channel to write and read, so a node of few keys
-    goes into its children's items, which then read it once each. Long items are split, but not so
-    far that the partial results are more than a quarter of the keys' and values' bytes.
+    A node becomes one item, read by its own rows and all below it, unless that costs more bytes
+    than it saves: a partial result is 8 bytes a row, head and channel to write and read, so a node
+    of few keys goes into its children's items, which then read it once each, and its own rows, if
+    it has any, have an item for themselves. Long items are split, but not so far that the partial
+    results are more than a quarter of the keys' and values' bytes.
 
     Args:
         spans: the nodes on the rows' paths; every one has a row, or one below it does.
@@ -181,18 +182,20 @@ def plan_of(
     """
     first_row = np.concatenate([[0], spans.rows.cumsum()])
     q_count = first_row[spans.below] - first_row[:-1]
-    carried, is_item = _merged(spans, q_count * group, kv_bytes, short)
+    carried, goes_down = _merged(spans, q_count, group, kv_bytes, short)
+    is_item = ~goes_down | (spans.rows > 0)
+    q_count = np.where(goes_down, spans.rows, q_count)
     n_keys = carried + spans.length
     # At most 2 * packed rows / keys of a part are partial bytes, in a dtype of 2 bytes.
     least = np.maximum(split or 1, 8 * q_count * group)
     n_parts = np.where(is_item, np.maximum(1, n_keys // least) if split else 1, 0)
-    before = _summed_above(spans, n_parts)
+    before = _summed_above(spans, np.where(goes_down, 0, n_parts))
     room = np.where(spans.rows > 0, spans.room, 0)
     kept = np.flatnonzero(is_item)
     slots, begin = _item_slots(spans, kept, carried, n_keys + room)
     # One entry a part: its item's place in `kept`, and its number there.
     item = np.repeat(np.arange(len(kept)), n_parts[kept])
-    which, of = _counted(n_parts[kept]), n_parts[kept][item]
+    which, of = counted(n_parts[kept]), n_parts[kept][item]
     node = kept[item]
     border = n_keys[node] * which // of
     items = np.empty((len(item), len(Item)), dtype=np.int32)
@@ -207,27 +210,30 @@ def plan_of(
     own = np.repeat(np.arange(len(spans.rows)), spans.rows)
     partials = np.concatenate([[0], (before + n_parts)[own].cumsum()]).astype(np.int32)
     last = spans.start + spans.length - spans.rows
-    positions = last[own] + _counted(spans.rows)
+    positions = last[own] + counted(spans.rows)
     return TreePlan(items, slots, positions, partials, tails=ends[own], room=spans.room)
 
 
 def _merged(
-    spans: Spans, packed: Ints, kv_bytes: int, short: int
+    spans: Spans, q_count: Ints, group: int, kv_bytes: int, short: int
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """How many keys of nodes above go into each node's item, and which nodes become one."""
+    """How many keys of nodes above go into each node's item, and whose go into their children's."""
     n_children = np.bincount(spans.parent[spans.parent >= 0], minlength=len(spans.parent))
+    # Who reads a node that goes down, in the place of its one item.
+    readers = n_children + (spans.rows > 0)
+    packed_below = (q_count - spans.rows) * group
     carried = np.zeros_like(spans.length)
-    is_item = np.ones(len(spans.length), dtype=bool)
+    goes_down = np.zeros(len(spans.length), dtype=bool)
     for level in _levels(spans.parent):
         above = spans.parent[level]
-        merged_above = (above >= 0) & ~is_item[above]
+        merged_above = (above >= 0) & goes_down[above]
         carried[level] = np.where(merged_above, carried[above] + spans.length[above], 0)
         n_keys = carried[level] + spans.length[level]
-        repeated = (n_children[level] - 1) * n_keys * kv_bytes
-        is_short = (n_keys <= short) & (n_keys < 8 * packed[level])
-        goes_down = (repeated <= 4 * packed[level]) | is_short | (n_keys == 0)
-        is_item[level] = (spans.rows[level] > 0) | ~goes_down
-    return carried, is_item
+        repeated = (readers[level] - 1) * n_keys * kv_bytes
+        is_short = (n_keys <= short) & (n_keys < 8 * packed_below[level])
+        is_cheaper = (repeated <= 4 * packed_below[level]) | is_short | (n_keys == 0)
+        goes_down[level] = is_cheaper & (n_children[level] > 0)
+    return carried, goes_down
 
 
 def _summed_above(spans: Spans, values: Ints) -> Ints:
@@ -258,7 +264,7 @@ def _item_slots(spans: Spans, kept: Ints, carried: Ints, capacity: Ints) -> tupl
     node, place = kept, begin + carried[kept]
     while len(node):
         count = spans.length[node]
-        inside = _counted(count)
+        inside = counted(count)
         slots[np.repeat(place, count) + inside] = spans.slots[
             np.repeat(first_slot[node], count) + inside
         ]
@@ -269,7 +275,7 @@ def _item_slots(spans: Spans, kept: Ints, carried: Ints, capacity: Ints) -> tupl
     return slots, begin
 
 
-def _counted(counts: Ints) -> Ints:
+def counted(counts: Ints) -> Ints:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1 and so on."""
     ends = counts.cumsum()
     return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)

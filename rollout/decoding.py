@@ -3,7 +3,7 @@
 A row is one distinct text; sequences that agree so far share it. Rows join when the pool has room
 for what they may become, end when no sequence follows them, and are dropped to their tokens, to be
 computed again later, when the pool runs out. What a drafter has guessed of a text is appended to
-it: one pass answers all of it.
+it, beginnings that guesses share once: one pass answers all of it.
 
 Legend: R rows, s sequences that go on, V vocabulary.
 """
@@ -11,7 +11,6 @@ Legend: R rows, s sequences that go on, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +21,13 @@ from rollfuse.rollout.branch import Branch
 from rollfuse.rollout.drafter import Chunk, Drafter, need_chunks
 from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_model import TreeModel
+from rollfuse.rollout.twigs import forked, have_room, plant, twigs_of
 
 Ints = npt.NDArray[np.int64]
 
 # Tokens of new texts that one pass takes up, beyond which the next text waits for the next pass.
 _PREFILL = 8192
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,16 @@ class Decoding:
     chunks: dict[int, Chunk] = field(default_factory=dict)  # by sequence: what is guessed next
     _finished: list[int] = field(default_factory=lambda: [0, 0])  # responses, tokens
 
+    def start(self) -> None:
+        """The first texts join."""
+        self.advance(_NOTHING, _NOTHING, _NOTHING.astype(bool))
+
     def answers(self, *, as_hidden: bool) -> Tensor:
-        """What follows each row's text and each beginning of its guess; new texts have joined.
+        """What follows each row's text and each beginning of its guess.
 
         Returns:
             (sum of appended + 1, V) logits row by row, or (.., D) hidden states.
         """
-        self._admit()
         counts = self.appended + 1 if self.appended.any() else None
         compute = self.model.hidden if as_hidden else self.model.forward
         found = compute(self.branches, counts=counts)
@@ -104,92 +108,128 @@ class Decoding:
     def advance(self, stay: Ints, ids: Ints, goes_on: npt.NDArray[np.bool_]) -> None:
         """Each sequence keeps stay[i] of its guessed tokens and goes on with the token ids[i].
 
-        Those that do not go on leave.
+        Those that do not go on leave, and waiting texts join.
         """
         total = self.made + stay + 1
         self._finished[0] += int((~goes_on).sum())
         self._finished[1] += int(total[~goes_on].sum())
-        sequence, row, made, ids = (x[goes_on] for x in (self.sequence, self.row, total, ids))
-        row = self._parted(row, stay[goes_on])
-        self.chunks = self._guesses(sequence, made)
-        # Texts that will hold different guesses part now; 0 is that of no guess.
-        guess = np.zeros(len(sequence), dtype=np.int64)
-        numbers: dict[bytes, int] = {b"": 0}
-        for i, s in enumerate(sequence.tolist() if self.chunks else ()):
-            if s in self.chunks:
-                computed = self.chunks[s].computed.tobytes()
-                guess[i] = numbers.setdefault(computed, len(numbers))
-        # Sorted by (row, token): sequences that still agree are neighbours.
-        order = np.lexsort((guess, ids, row))
-        self.sequence, row, self.made, ids = (x[order] for x in (sequence, row, made, ids))
-        guess = guess[order]
-        differs = np.ones(len(ids), dtype=bool)
-        differs[1:] = (row[1:] != row[:-1]) | (ids[1:] != ids[:-1]) | (guess[1:] != guess[:-1])
-        self.row = differs.cumsum() - 1
-        self._go_on(row[differs], ids[differs])
+        row, stay = self.row[goes_on], stay[goes_on]
+        self.sequence, self.made = self.sequence[goes_on], total[goes_on]
+        self.row = self._cut(row, stay) if self.appended.any() else self._followed(row)
+        ids = ids[goes_on]
+        while len(ids) or self.waiting:
+            ids = np.append(ids, self._admit())
+            self.chunks = self._guesses()
+            if not self._go_on(ids):
+                # Guesses are the first to go; a token of each can be checked all the same.
+                self.chunks = {s: chunk.within(1) for s, chunk in self.chunks.items()}
+                self._go_on(ids)
+            if self.branches:
+                break
+            ids = _NOTHING  # the only text was dropped, to start again with all room there is
 
-    def _parted(self, row: Ints, stay: Ints) -> Ints:
-        """Cut off the guessed tokens that do not stay; where a row's sequences keep different
-        numbers of them it parts. The new row of each sequence of `row`."""
-        if not self.appended.any():
+    def _followed(self, row: Ints) -> Ints:
+        """End the branches that no sequence follows; the new row of each sequence of `row`."""
+        is_followed = np.bincount(row, minlength=len(self.branches)) > 0
+        if is_followed.all():
             return row
+        both = list(zip(self.branches, is_followed.tolist(), strict=True))
+        for branch, stays in both:
+            if not stays:
+                branch.prune()
+        self.branches = [branch for branch, stays in both if stays]
+        return (is_followed.cumsum() - 1)[row]
+
+    def _cut(self, row: Ints, stay: Ints) -> Ints:
+        """Cut off the guessed tokens that do not stay. A row whose sequences keep different numbers
+        of them parts, and rows that are left with the same text become one. The new row of each
+        sequence of `row`."""
         most = int(self.appended.max()) + 1
-        pairs, parent = np.unique(row * most + stay, return_inverse=True)
+        pairs, pair = np.unique(row * most + stay, return_inverse=True)
         rows, kept = np.divmod(pairs, most)
         uncut = np.array([len(branch) for branch in self.branches]) - self.appended
         found: list[Branch] = []
+        place: dict[int, int] = {}  # in `found`, by the node that a text ends in
+        new_row = np.empty_like(rows)
         for i, (r, at) in enumerate(zip(rows.tolist(), (uncut[rows] + kept).tolist(), strict=True)):
             branch = self.branches[r]
             if i + 1 < len(rows) and rows[i + 1] == r:
-                found.append(branch.fork(at=at)[0])
+                branch = branch.fork(at=at)[0]
             else:  # the longest
                 branch.truncate(at)
+            new_row[i] = place.setdefault(branch.node.number, len(found))
+            if new_row[i] == len(found):
                 found.append(branch)
+            else:
+                branch.prune()
         for r in set(range(len(self.branches))) - set(rows.tolist()):
             self.branches[r].prune()
         self.branches = found
-        return np.asarray(parent, dtype=np.int64)
+        followed: Ints = new_row[pair]
+        return followed
 
-    def _guesses(self, sequence: Ints, made: Ints) -> dict[int, Chunk]:
-        if self.drafter is None or not len(sequence):
+    def _guesses(self) -> dict[int, Chunk]:
+        """By sequence, what is guessed of it, as far as its response may go."""
+        if self.drafter is None or not len(self.sequence):
             return {}
-        chunks = self.drafter.propose(sequence.tolist())
-        need_chunks(chunks, sequence.tolist())
+        sequences = self.sequence.tolist()
+        chunks = self.drafter.propose(sequences)
+        need_chunks(chunks, sequences, self.model.vocabulary)
         return {
             s: chunk.within(self.longest - m)
-            for s, m, chunk in zip(sequence.tolist(), made.tolist(), chunks, strict=True)
+            for s, m, chunk in zip(sequences, self.made.tolist(), chunks, strict=True)
             if chunk is not None
         }
 
-    def _go_on(self, parent: Ints, ids: Ints) -> None:
-        """One row for each token `ids`, which follows the text of row `parent`; then the guess."""
-        if len(parent) != len(self.branches) or (parent != np.arange(len(parent))).any():
-            self.branches = _forked(self.branches, parent)
-        self.appended = np.zeros(len(parent), dtype=np.int64)
+    def _go_on(self, ids: Ints) -> bool:
+        """Each sequence's text gets its token of `ids` and what is guessed to come then: a row for
+        each text there is now. False, with nothing done, if there is no room for the guesses."""
+        guess, guesses = self._distinct_guesses()
+        # Sequences that still agree are neighbours, and so are guesses that begin alike.
+        order = np.lexsort((guess, ids, self.row))
+        parent, ids, guess = self.row[order], ids[order], guess[order]
+        differs = np.ones(len(ids), dtype=bool)
+        differs[1:] = (np.diff(parent) != 0) | (np.diff(ids) != 0) | (np.diff(guess) != 0)
+        row, (parent, ids, guess) = differs.cumsum() - 1, (x[differs] for x in (parent, ids, guess))
+        cache, twigs = self.model.cache, None
+        if len(guesses) > 1:
+            parts = [np.append(i, guesses[g]) for i, g in zip(ids, guess.tolist(), strict=True)]
+            twigs = twigs_of(parent, parts)
+            if not have_room(cache, self.branches, twigs):
+                return False
+        self.sequence, self.made, self.row = self.sequence[order], self.made[order], row
+        if twigs is None:
+            self._append(parent, ids)
+        else:
+            self.branches = plant(cache, self.branches, twigs)
+            self.appended = np.array([len(part) - 1 for part in twigs.tokens])
+        return True
+
+    def _distinct_guesses(self) -> tuple[Ints, list[Ints]]:
+        """(s,) the number of what is to be computed of each sequence's guess, and all there are:
+        nothing is 0, and those that begin alike follow each other."""
+        if not self.chunks:
+            return np.zeros_like(self.sequence), [_NOTHING]
+        nothing = _NOTHING.tobytes()
+        keys = [
+            self.chunks[s].computed.tobytes() if s in self.chunks else nothing
+            for s in self.sequence.tolist()
+        ]
+        number = {key: i for i, key in enumerate(sorted({nothing, *keys}))}
+        guesses = [np.frombuffer(key, dtype=np.int64) for key in number]
+        return np.array([number[key] for key in keys]), guesses
+
+    def _append(self, parent: Ints, ids: Ints) -> None:
+        """One row for each token of `ids`, which follows the text of row `parent`."""
+        if len(parent) != len(self.branches):
+            self.branches = forked(self.branches, parent)
+        self.appended = np.zeros_like(ids)
         while self.branches:
-            tokens = self._with_guesses(ids)
             try:
-                self.model.cache.append(self.branches, ids if tokens is None else tokens)
+                self.model.cache.append(self.branches, ids)
                 return
             except OutOfPages:
-                if tokens is None:
-                    ids = self._drop_one(ids)
-                else:  # guesses are the first to go
-                    self.chunks = {s: chunk.within(1) for s, chunk in self.chunks.items()}
-
-    def _with_guesses(self, ids: Ints) -> list[Ints] | None:
-        """The token and the guess of each row, None where there are no guesses; sets `appended`."""
-        self.appended = np.zeros_like(ids)
-        if not self.chunks:
-            return None
-        tokens: list[Ints] | None = None
-        for s, r in zip(self.sequence.tolist(), self.row.tolist(), strict=True):
-            chunk = self.chunks.get(s)
-            if chunk is not None and chunk.n_computed and not self.appended[r]:
-                tokens = tokens or [ids[i : i + 1] for i in range(len(ids))]
-                tokens[r] = np.append(tokens[r], chunk.computed)
-                self.appended[r] = chunk.n_computed
-        return tokens
+                ids = self._drop_one(ids)
 
     def _drop_one(self, ids: Ints) -> Ints:
         """Drop the row with the shortest response to its tokens; the others' next tokens."""
@@ -208,8 +248,12 @@ class Decoding:
         self.appended = np.delete(self.appended, victim)
         return np.delete(ids, victim)
 
-    def _admit(self) -> None:
-        """Start waiting texts while batch and pool have room; one at least if none is decoded."""
+    def _admit(self) -> Ints:
+        """Start waiting texts while batch and pool have room; one at least if none is decoded.
+
+        Returns:
+            The last token of each sequence's text, which is not in its branch yet.
+        """
         cache, new, todo = self.model.cache, [], 0
         n_sequences, n_pages = len(self.sequence), self._pages(self.made)
         while self.waiting and (todo < _PREFILL or not self.branches):
@@ -220,10 +264,8 @@ class Decoding:
             is_full = self.max_batch is not None and n_sequences > self.max_batch
             if self.branches and (is_full or n_pages + prompt > cache.tree.pool.n_free):
                 break
-            # Another row's pending guess is no text: it may go, and it must not be split.
-            known = cache.match(text.tokens, computed=bool(self.appended.any()))
-            branch = known or cache.root()
-            rest = text.tokens[len(branch) :]
+            branch = cache.match(text.tokens[:-1]) or cache.root()
+            rest = text.tokens[len(branch) : -1]
             try:
                 if len(rest):
                     cache.append([branch], [rest])
@@ -231,21 +273,16 @@ class Decoding:
                 branch.prune()
                 assert self.branches, "the pool was measured for the longest single text"
                 break
-            todo += len(rest)
+            todo += len(rest) + 1
             self.branches.append(branch)
             new.append(self.waiting.popleft())
-        if new:
-            counts = [len(text.sequences) for text in new]
-            rows = np.arange(len(self.branches) - len(new), len(self.branches))
-            self.row = np.concatenate([self.row, rows.repeat(counts)])
-            self.sequence = np.concatenate([self.sequence, *(text.sequences for text in new)])
-            made = np.array([text.made for text in new])
-            made = made.repeat(counts)
-            self.made = np.concatenate([self.made, made])
-            self.appended = np.append(self.appended, np.zeros(len(new), dtype=np.int64))
-            chunks = self._guesses(self.sequence[-len(made) :], made)
-            # The text's own tokens are not computed yet: a guess can be checked, not appended.
-            self.chunks |= {s: chunk.within(1) for s, chunk in chunks.items()}
+        counts = [len(text.sequences) for text in new]
+        first = len(self.branches) - len(new)
+        self.row = np.append(self.row, np.arange(first, len(self.branches)).repeat(counts))
+        self.sequence = np.concatenate([self.sequence, *(text.sequences for text in new)])
+        made = np.array([text.made for text in new], dtype=np.int64)
+        self.made = np.append(self.made, made.repeat(counts))
+        return np.array([text.tokens[-1] for text in new], dtype=np.int64).repeat(counts)
 
     def _pages(self, made: Ints) -> int:
         """What responses with so many tokens are expected to take yet, in pages of their own."""
@@ -254,18 +291,3 @@ class Decoding:
         expected = min(self.longest, -(-tokens // n)) if n else self.longest
         left = np.maximum(expected - made, 1)
         return int((-(-left // self.model.cache.tree.page_size)).sum())
-
-
-def _forked(branches: Sequence[Branch], parent: Ints) -> list[Branch]:
-    """A branch for each row of `parent`, which is sorted: forks of those parents, or the parent
-    itself where it has one row; parents without a row are pruned."""
-    counts = np.bincount(parent, minlength=len(branches))
-    found: list[Branch] = []
-    for branch, count in zip(branches, counts.tolist(), strict=True):
-        if count:
-            found.append(branch)
-            if count > 1:
-                found.extend(branch.fork(count - 1))
-        else:
-            branch.prune()
-    return found

@@ -116,7 +116,7 @@ def need_drafter(drafter: Drafter) -> None:
         )
 
 
-def need_chunks(chunks: Sequence[Chunk | None], sequences: Sequence[int]) -> None:
+def need_chunks(chunks: Sequence[Chunk | None], sequences: Sequence[int], vocabulary: int) -> None:
     """Raise ValueError or TypeError unless these are guesses for so many sequences."""
     needed = f"{len(sequences)} guesses, one a sequence"
     checks.need(len(chunks) == len(sequences), "propose", needed, len(chunks))
@@ -131,6 +131,9 @@ def need_chunks(chunks: Sequence[Chunk | None], sequences: Sequence[int]) -> Non
                 raise TypeError(f"{name}: need an array of NumPy, got {type(values).__name__}")
             good = values.ndim == 1 and len(values) == len(chunk.tokens) >= 1
             checks.need(good, name, "one value a token, at least one", values.shape)
+        low, high = int(chunk.tokens.min()), int(chunk.tokens.max())
+        good = 0 <= low and high < vocabulary
+        checks.need(good, "tokens", f"token ids in [0, {vocabulary})", f"{low} to {high}")
 
 
 def tell(drafter: Drafter, drawn: Drawn, checked: Ints, ended: Ints) -> None:

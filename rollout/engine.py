@@ -210,7 +210,8 @@ class Engine:
             self.stop_tokens,
             self._watches(texts, n),
         )
-        while decoding.waiting or decoding.branches:
+        decoding.start()
+        while decoding.branches:
             answers = decoding.answers(as_hidden=head is not None)
             found = judge.judge(decoding, answers, head)
             record.add(found.drawn, decoding.sequence, found.finish)

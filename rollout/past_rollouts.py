@@ -134,6 +134,7 @@ class PastRollouts:
             if reuse.is_asked:
                 reuse.made += stayed
                 reuse.is_cut = stayed < checked and stayed < len(tokens)
+                reuse.size *= _GROWTH
             reuse.is_left = reuse.is_cut or not reuse.is_asked
             reuse.is_asked = False
 
@@ -158,7 +159,6 @@ class PastRollouts:
             return None
         old, here = reuse.old, slice(reuse.made, reuse.made + reuse.size)
         reuse.is_asked = True
-        reuse.size *= _GROWTH if reuse.made else 1
         # What followed its last token was not recorded: it is drawn in a pass of its own.
         return Chunk(old.tokens[here], old.streams[here], old.logp[here], is_open=False)
 

@@ -146,7 +146,7 @@ class TokenTree:
             OutOfPages: too few are free, retained texts' included; nothing was changed.
         """
         self.changes.count += 1
-        grows = [node.is_open and node.version == self._version for node in nodes]
+        grows = [self.grows(node) for node in nodes]
         if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
             return self._append_each(nodes, tokens, grows)
         parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in tokens]
@@ -159,11 +159,8 @@ class TokenTree:
                 self._grow(ends[i], part)
         return ends
 
-    def match(
-        self, tokens: Ints, version: int, *, computed: bool = False
-    ) -> tuple[Node | None, int]:
-        """The longest beginning of `tokens` of that version, of what is computed alone if that is
-        asked for: its last node, its length."""
+    def match(self, tokens: Ints, version: int) -> tuple[Node | None, int]:
+        """The longest known beginning of `tokens` of that version: its last node, its length."""
         best: tuple[Node | None, int] = (None, 0)
         todo = self._beginning_with(self.roots, tokens[:1])
         while todo:
@@ -171,8 +168,6 @@ class TokenTree:
             if node.version != version and self.length[node.number]:
                 continue
             agreed = self._agreement(node, tokens[node.start : self.end(node)])
-            if computed:
-                agreed = min(agreed, int(self.computed[node.number]))
             if node.start + agreed > best[1]:
                 best = node, node.start + agreed
             if agreed == self.length[node.number]:
@@ -230,6 +225,10 @@ class TokenTree:
             node.number, node = -1, node.parent
 
     # -- pages --------------------------------------------------------------------------------
+
+    def grows(self, node: Node) -> bool:
+        """Whether what is appended to its text goes into `node` itself, not into one below."""
+        return node.is_open and node.version == self._version
 
     def pages_wanted(self, node: Node, count: int, grows: bool) -> int:
         """Pages that `count` more tokens take, in `node` itself or, unless it grows, below it."""

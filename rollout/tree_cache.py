@@ -148,17 +148,15 @@ class TreeCache:
         *,
         version: int | None = None,
         stream: int | None = None,
-        computed: bool = False,
     ) -> Branch | None:
         """A new branch with the longest known beginning of `tokens`; None if nothing is known.
 
         Args:
             version: the policy version that must have written all of it, None: the present one. An
                 older one's keys are found only if they are asked for.
-            computed: count only what a forward pass has computed.
         """
         wanted = self.version if version is None else version
-        node, length = self.tree.match(_ids(tokens, "tokens"), wanted, computed=computed)
+        node, length = self.tree.match(_ids(tokens, "tokens"), wanted)
         if node is None:
             return None
         return self._branch(self.tree.node_at(node, length), stream)

@@ -86,7 +86,7 @@ class TreeModel:
         self.model, self.cache = model, cache
         text = model.config.get_text_config(decoder=True)
         self._configs = list({id(c): c for c in (model.config, text)}.values())
-        self._vocabulary = embedding_weight(model).shape[0]
+        self.vocabulary = embedding_weight(model).shape[0]
         self._keeps_logits = "logits_to_keep" in forward_arguments(model)
 
     def forward(
@@ -97,7 +97,7 @@ class TreeModel:
         Args:
             branches: B of them, none empty, in any order.
             counts: (B,) how many of each branch's last tokens to answer; more than 1 where they
-                were appended at once and are not computed yet. None: 1.
+                are not computed yet. None: 1.
             pure: refuse texts of which another policy version wrote a part.
 
         Returns:
@@ -131,19 +131,13 @@ class TreeModel:
         """The rows of `step` that answer the last counts[b] tokens of each branch."""
         if counts is None:
             return step.last
-        tree, ends = self.cache.tree, np.array(step.ends, dtype=np.int64)
-        most = np.maximum(tree.length[ends] - tree.computed[ends], 1)
-        good = bool(((counts >= 1) & (counts <= most)).all())
-        checks.need(good, "counts", f"from 1 to {most.tolist()} tokens", counts.tolist())
-        # The rows of a node lie side by side.
-        first = step.last + 1 - counts.cumsum()
-        rows: Ints = np.repeat(first, counts) + np.arange(int(counts.sum()))
-        return rows
+        checks.need(bool((counts >= 1).all()), "counts", "counts >= 1", counts.tolist())
+        return step.paths.rows(counts)
 
     def _plan(self, branches: Sequence[Branch], *, pure: bool) -> TreeStep:
         step = self.cache.plan(branches, pure=pure)
-        good = 0 <= int(step.ids.min()) and int(step.ids.max()) < self._vocabulary
-        checks.need(good, "branches", f"token ids in [0, {self._vocabulary})", "another one")
+        good = 0 <= int(step.ids.min()) and int(step.ids.max()) < self.vocabulary
+        checks.need(good, "branches", f"token ids in [0, {self.vocabulary})", "another one")
         return step
 
     def _run(self, module: nn.Module, step: TreeStep, **options: Any) -> Any:

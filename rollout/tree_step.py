@@ -4,17 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rollfuse.kernels.tree_plan import Spans, TreePlan
+from rollfuse.kernels import checks
+from rollfuse.kernels.tree_plan import Spans, TreePlan, counted
 from rollfuse.rollout.node import Node
 from rollfuse.rollout.token_tree import Ints, TokenTree
 
 # Steps of plain decoding that one plan serves before it is made anew.
 _ROOM = 64
+
+
+class Paths(NamedTuple):
+    """The rows of the nodes on the ways to the branches' ends, n nodes."""
+
+    parent: Ints  # (n,) the place of each one's parent, -1 for none
+    first_row: Ints  # (n,)
+    n_rows: Ints  # (n,)
+    is_whole: npt.NDArray[np.bool_]  # (n,) whether each of its tokens has a row
+    end: Ints  # (B,) the place of each branch's last node
+
+    @property
+    def last(self) -> Ints:
+        """(B,) the row after which each branch goes on."""
+        return self.first_row[self.end] + self.n_rows[self.end] - 1
+
+    def rows(self, counts: Ints) -> Ints:
+        """The rows of the last counts[b] >= 1 tokens of each branch, branch by branch.
+
+        Raises:
+            ValueError: a token among them has none.
+        """
+        found = np.empty(int(counts.sum()), dtype=np.int64)
+        # From the ends upwards: how many rows are still to find, and the place behind them.
+        node, left, behind = self.end, counts, counts.cumsum()
+        while len(node):
+            here = np.minimum(left, self.n_rows[node])
+            first = self.first_row[node] + self.n_rows[node] - here
+            inside = counted(here)
+            found[np.repeat(behind - here, here) + inside] = np.repeat(first, here) + inside
+            goes_up = left > here
+            good = (self.is_whole[node] & (self.parent[node] >= 0))[goes_up].all()
+            needed = "as many tokens at most as this pass computes"
+            checks.need(bool(good), "counts", needed, counts.tolist())
+            left, behind = (left - here)[goes_up], (behind - here)[goes_up]
+            node = self.parent[node[goes_up]]
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -26,18 +66,23 @@ class TreeStep:
         ids: (N,) int64, the rows' tokens.
         slots: (N,) int64, where their keys and values go; for a row that is computed again, a slot
             that nobody reads.
-        last: (B,) int64, the row after which each branch goes on.
+        paths: where each branch's rows are.
     """
 
     plan: TreePlan
     ids: Ints
     slots: Ints
-    last: Ints
+    paths: Paths
     numbers: Ints  # of the nodes that it computes
     lengths: Ints  # theirs
     shape: int  # of the tree
     ends: list[int]  # the numbers of the branches' nodes
     _slots_on: Tensor | None = None
+
+    @property
+    def last(self) -> Ints:
+        """(B,) the row after which each branch goes on."""
+        return self.paths.last
 
     def slots_on(self, device: torch.device) -> Tensor:
         """`slots` on `device`, copied there once."""
@@ -59,7 +104,7 @@ def next_step(old: TreeStep, tree: TokenTree, ends: list[int]) -> TreeStep | Non
         return None
     slots = tree.last_slots(numbers)
     plan = old.plan.advanced(slots)
-    return TreeStep(plan, tree.token[slots], slots, old.last, numbers, length, old.shape, ends)
+    return TreeStep(plan, tree.token[slots], slots, old.paths, numbers, length, old.shape, ends)
 
 
 def new_step(
@@ -92,13 +137,12 @@ def new_step(
     plan = make_plan(spans)
     plan.changes, plan.made_at = tree.changes, tree.changes.count
     # The rows of a node are its last tokens.
-    first = np.repeat(length.cumsum() - rows, rows)
-    where = slots[first + np.arange(len(first)) - np.repeat(rows.cumsum() - rows, rows)]
+    where = slots[np.repeat(length.cumsum() - rows, rows) + counted(rows)]
     return TreeStep(
         plan,
         ids=tree.token[where],
         slots=np.where(np.repeat(again, rows), len(tree.token), where),
-        last=rows.cumsum()[end] - 1,
+        paths=Paths(parent, rows.cumsum() - rows, rows, rows == length, end),
         numbers=numbers[rows > 0],
         lengths=length[rows > 0],
         shape=tree.shape.count,

@@ -124,7 +124,7 @@ def _make_room(tree: TokenTree, branches: Sequence[Branch], ends: list[_End]) ->
         if node.branch is not None:
             node.branch.truncate(len(node.branch) - len(node.tokens) + kept)
         end = (node.branch or branch).node
-        wanted += tree.pages_wanted(end, 1, end.is_open and end.version == tree.version)
+        wanted += tree.pages_wanted(end, 1, tree.grows(end))
     tree.make_room(wanted)
 
 

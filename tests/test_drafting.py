@@ -18,7 +18,7 @@ from rollfuse.rollout.past_rollouts import PastRollouts
 from rollfuse.rollout.record import Finish, Source
 from rollfuse.rollout.response_store import ResponseStore
 from rollfuse.rollout.suffix_drafts import SuffixDrafts
-from rollfuse.rollout.tree_model import tree_cache_for
+from rollfuse.rollout.tree_model import TreeModel, tree_cache_for
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 1, 4, 1, 5]]
 N = 4
@@ -172,6 +172,39 @@ def test_an_unchanged_policy_takes_its_rollout_over_whole():
     assert past.runs.tolist() == again.lengths.tolist()
     assert engine.totals.passes <= 2 < passes
     assert engine.totals.variation / engine.totals.compared < 1e-5
+
+
+def test_guesses_that_begin_alike_are_computed_once():
+    model = tiny_qwen3()
+    engine, past = engine_of(model), PastRollouts()
+    first = engine.generate(PROMPTS, N, seed=0)
+    past.record(first)
+    made = engine.generate(PROMPTS, N, seed=1, drafter=past)
+    assert engine.totals.passes == 1
+    texts = [
+        (*PROMPTS[p], *response.tolist()[:-1])
+        for p, response in zip(first.prompt_index.tolist(), first.responses(), strict=True)
+    ]
+    distinct = {text[: n + 1] for text in texts for n in range(len(text))}
+    assert engine.totals.rows == len(distinct) < len({*texts}) * 12
+    same(made, first)
+
+
+def test_texts_that_are_cut_to_the_same_tokens_are_one_again():
+    model = tiny_qwen3()
+    engine, past = engine_of(model), PastRollouts()
+    past.record(engine.generate(PROMPTS, N, seed=0))
+    changed(model, 0.1)
+    seen, original = [], TreeModel.hidden
+
+    def watched(tree, branches, **options):
+        seen.extend(len({tuple(b.tokens) for b in branches}) == len(branches) for _ in (1,))
+        return original(tree, branches, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeModel, "hidden", watched)
+        engine.generate(PROMPTS, N, seed=1, drafter=past)
+    assert len(seen) > 5 and all(seen)
 
 
 def test_a_changed_policy_keeps_what_it_would_have_drawn_itself():
@@ -364,7 +397,7 @@ def test_a_drafter_that_does_not_pay_is_seldom_asked():
         same(engine.generate(PROMPTS, N, seed=3, drafter=drafter), plain)
     assert drafter.shares[0].value < 1 / 6 < drafter.shares[1].value == 1.0
     before, passes = len(asked), 0
-    for _ in range(8):
+    for _ in range(7):  # up to the rollout that is a probe
         engine.generate(PROMPTS, N, seed=3, drafter=drafter)
         passes += engine.totals.passes
     assert 0 < len(asked) - before < passes / 2
@@ -540,8 +573,7 @@ def test_guesses_grow_while_they_stay(monkeypatch):
 
     monkeypatch.setattr(PastRollouts, "propose", watched)
     engine.generate([[1]], 1, seed=1, drafter=past)
-    # The first is checked by the prompt's own pass, one token of it.
-    assert sizes == [2, 2, 4, 8, 15]
+    assert sizes == [2, 4, 8, 16]
     assert past_rollouts.PastRollouts().cap == 8
 
 

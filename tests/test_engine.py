@@ -147,6 +147,16 @@ def test_with_little_room_texts_wait_or_are_computed_again_and_the_tokens_are_th
     assert engine.totals.passes > roomy.totals.passes or n_pages == 40
 
 
+def test_the_only_text_left_starts_again_with_all_the_room_there_is():
+    model = tiny_qwen3()
+    options = {"max_new_tokens": 10, "stop_tokens": [], "page_size": 4}
+    whole = Engine(model, **options).generate([[3, 1]], 2, seed=0)
+    assert len({*whole.tokens[::10].tolist()}) == 2  # they part at once, which wastes half a page
+    engine = Engine(model, kv_bytes=kv_bytes(model, 3, 4), **options)
+    tight = engine.generate([[3, 1]], 2, seed=0)
+    assert torch.equal(tight.tokens, whole.tokens) and engine.totals.dropped >= 2
+
+
 def test_the_shortest_response_is_dropped_and_the_others_stay_in_their_rows():
     model = tiny_qwen3()
     tree = TreeModel(model, tree_cache_for(model, n_pages=20))
@@ -155,7 +165,7 @@ def test_the_shortest_response_is_dropped_and_the_others_stay_in_their_rows():
         for i, s, m in ((1, [4], 3), (2, [0, 7], 1), (3, [5], 2))
     ]
     at_work = Decoding(tree, deque(texts), longest=12)
-    at_work.answers(as_hidden=False)
+    at_work.start()
     left = at_work._drop_one(np.array([10, 20, 30]))
     (dropped,) = at_work.waiting
     assert dropped.tokens.tolist() == [2, 2, 2, 20]

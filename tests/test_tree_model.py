@@ -320,3 +320,55 @@ def test_model_and_cache_must_match():
             TreeModel(model, cache)
     with pytest.raises(OutOfPages):
         tree_cache_for(model, n_pages=1).root(range(17))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_answers_of_a_branch_may_lie_in_several_nodes(hidden):
+    model = tiny_qwen3()
+    cache = tree_cache_for(model, n_pages=40, page_size=4)
+    tree = TreeModel(model, cache)
+    done = cache.root([1, 2, 3])
+    tree.forward([done])
+    prompt = cache.root([7, 8])
+    one = prompt.fork()[0]
+    cache.append([one], [[9, 10, 11, 12]])
+    two = one.fork(at=4)[0]  # in the middle of what is not computed
+    cache.append([two, done], [[13], [4, 5]])
+    branches, counts = [two, done, one, prompt], np.array([4, 2, 5, 1])
+    found = (tree.hidden if hidden else tree.forward)(branches, counts=counts)
+    parts = found.split(counts.tolist())
+    assert len(parts) == 4 and cache.last_plan.n_rows == 2 + 4 + 1 + 2
+    for branch, count, part in zip(branches, counts, parts, strict=True):
+        ids = torch.from_numpy(branch.tokens)[None]
+        with torch.no_grad():
+            whole = model(ids, output_hidden_states=True)
+        whole = whole.hidden_states[-1] if hidden else whole.logits
+        assert torch.allclose(part, whole[0, -count:], rtol=0, atol=2e-5)
+
+
+def test_more_answers_than_are_computed_are_refused():
+    model = tiny_qwen3()
+    cache = tree_cache_for(model, n_pages=40)
+    tree = TreeModel(model, cache)
+    text = cache.root([1, 2, 3])
+    tree.forward([text])
+    below = text.fork()[0]
+    cache.append([below], [[4, 5]])
+    cache.append([text], [[6]])
+    words = "counts: need as many tokens at most as this pass computes"
+    for branches, counts in (([below], [3]), ([text, below], [2, 2]), ([below, text], [2, 9])):
+        with pytest.raises(ValueError, match=words):
+            tree.forward(branches, counts=np.array(counts))
+        assert below.n_computed == 3
+    with pytest.raises(ValueError, match="counts: need counts >= 1"):
+        tree.forward([below], counts=np.array([0]))
+    assert tree.forward([below, text], counts=np.array([2, 1])).shape == (3, 48)
+    # Three rows, and one more above them that is not the next one.
+    cache.append([below], [[7, 8]])
+    last = below.fork()[0]
+    cache.append([last], [[9]])
+    top = cache.match([1, 2, 3])
+    with pytest.raises(ValueError, match=words):
+        tree.forward([top, last], counts=np.array([1, 4]))
+    assert tree.forward([top, last], counts=np.array([1, 3])).shape == (4, 48)
+    cache.check()

@@ -136,6 +136,26 @@ def test_a_node_of_few_keys_goes_into_its_childrens_items():
     assert len(shared(500, 1).items) == 1 and shared(500, 1).n_partials == 1
 
 
+def test_a_short_node_with_rows_of_its_own_goes_into_its_childrens_items_too():
+    def chain_of(lengths, rows, **options):
+        n, length = len(lengths), np.array(lengths)
+        parent, below, start = np.arange(n) - 1, np.full(n, n), length.cumsum() - length
+        spans = Spans(parent, below, start, length, np.array(rows), np.arange(int(length.sum())))
+        return plan_of(spans, **options)
+
+    # Read once more by its own rows: keys * bytes against 4 * packed rows below.
+    apart = chain_of([2, 3], [1, 2], kv_bytes=4)
+    assert apart.items[:, Item.KV_LEN].tolist() == [2, 5]
+    assert apart.items[:, Item.Q_COUNT].tolist() == [1, 2] and apart.n_partials == 3
+    together = chain_of([3, 3], [1, 2], kv_bytes=4)
+    assert together.items[:, Item.KV_LEN].tolist() == [3, 3]
+    assert together.items[:, Item.Q_COUNT].tolist() == [3, 2] and together.n_partials == 5
+    assert chain_of([3, 3], [1, 2], kv_bytes=4, group=2).n_partials == 3
+    assert chain_of([9, 9, 9], [1, 1, 5], short=20).n_partials == 7
+    # Its own rows do not count: they have no partial result of it to save.
+    assert chain_of([8, 1], [8, 1], kv_bytes=4).items[:, Item.Q_COUNT].tolist() == [9, 1]
+
+
 def test_an_advanced_plan_reads_the_new_tokens():
     spans = random_spans(3)
     is_leaf = np.bincount(spans.parent[spans.parent >= 0], minlength=len(spans.parent)) == 0
