@@ -237,8 +237,6 @@ class Decoding:
         made = self.made[first]
         victim = len(made) - 1 - int(made[::-1].argmin())
         branch, mine = self.branches.pop(victim), self.row == victim
-        for gone in self.sequence[mine].tolist():
-            self.chunks.pop(gone, None)
         tokens = np.append(branch.tokens, ids[victim])
         self.waiting.appendleft(Text(tokens, self.sequence[mine], int(made[victim])))
         branch.prune()

@@ -111,6 +111,10 @@ def test_with_little_room_guesses_are_given_up_first(n_pages):
     bytes_ = n_pages * tree_cache_for(model, n_pages=1, page_size=8).page_bytes
     engine = engine_of(model, kv_bytes=bytes_, page_size=8)
     same(engine.generate(PROMPTS, N, seed=3, drafter=Oracle(plain, 9, wrong=4)), plain)
+    # Where there is no room for any, the next token of each is checked all the same.
+    made = engine.generate(PROMPTS, N, seed=3, drafter=Oracle(plain, 9))
+    assert (made.source == Source.VERIFIED).float().mean() > 0.9
+    assert (engine.totals.dropped > 0) == (n_pages < 20)
 
 
 @pytest.mark.parametrize("max_batch", [4, 9])
