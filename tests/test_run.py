@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from rollfuse.run import (
     checkpoints,
     last_checkpoint,
     last_state,
+    objects_set_aside,
     restore,
 )
 
@@ -237,3 +239,10 @@ def test_an_ignored_signal_stays_ignored(live_signals: None) -> None:
     with Interrupts():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_what_lasts_as_long_as_a_run_is_set_aside_and_comes_back():
+    with pytest.raises(KeyError), objects_set_aside():
+        assert gc.get_freeze_count() > 1000
+        raise KeyError
+    assert gc.get_freeze_count() == 0

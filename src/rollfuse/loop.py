@@ -41,7 +41,7 @@ from rollfuse.reuse import describe_reuse
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.record import Finish, Rollout
 from rollfuse.rollout.tasks import Problem, Task
-from rollfuse.run import Interrupts
+from rollfuse.run import Interrupts, objects_set_aside
 from rollfuse.session import Session, reopen, report, rescue, save, start
 from rollfuse.update import RECIPES, Minibatch, accumulate, describe, score
 
@@ -85,7 +85,8 @@ def go_on(session: Session) -> Path:
     Any exception passes through, after a checkpoint of the last finished step.
     """
     config, progress, run = session.config, session.progress, session.run
-    with Interrupts() as interrupts, ProgressLine(config.steps, done=progress.step) as line:
+    line = ProgressLine(config.steps, done=progress.step)
+    with Interrupts() as interrupts, line, objects_set_aside():
         try:
             while progress.step < config.steps:
                 _measure(session, line)

@@ -16,13 +16,15 @@ What a checkpoint costs, and what is lost without one, is said in rollfuse.loop.
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -275,6 +277,18 @@ class Interrupts:
         if self._pending:
             self._pending = False
             raise KeyboardInterrupt
+
+
+@contextmanager
+def objects_set_aside() -> Iterator[None]:
+    """What is there now is left out of garbage collections: modules and libraries last as long as
+    the run, and a step makes so many small objects that all would be looked through every time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Any]]:
