@@ -106,12 +106,9 @@ class Branch:
         n, at = index(n), len(self) if at is None else index(at)
         checks.need(n >= 0, "n", "a number of branches >= 0", n)
         node = self._tree.node_at(self.node, at)
-        first = self._n_forks
-        self._n_forks += n
         if not n:
             self._tree.release(node)
-        cells = (Stream(None, self._stream, first + i) for i in range(n))
-        return [Branch(self._tree, node, cell) for cell in cells]
+        return [self._fork_on(node) for _ in range(n)]
 
     def twin(self) -> Branch:
         """Another handle of this text, to be forked and ended without a trace in this one's
@@ -150,6 +147,11 @@ class Branch:
     def pin(self) -> Pin:
         """Keep the text as it is now, whatever becomes of its branches, until the pin's release."""
         return Pin(self._tree, self.node)
+
+    def _fork_on(self, node: Node) -> Branch:
+        """A fork of this one whose text ends in `node`."""
+        self._n_forks += 1
+        return Branch(self._tree, node, Stream(None, self._stream, self._n_forks - 1))
 
     def _leave(self, node: Node) -> None:
         node.handles -= 1

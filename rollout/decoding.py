@@ -21,7 +21,7 @@ from rollfuse.rollout.branch import Branch
 from rollfuse.rollout.drafter import Chunk, Drafter, need_chunks
 from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_model import TreeModel
-from rollfuse.rollout.twigs import forked, have_room, plant, twigs_of
+from rollfuse.rollout.twigs import twigs_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -191,18 +191,19 @@ class Decoding:
         differs = np.ones(len(ids), dtype=bool)
         differs[1:] = (np.diff(parent) != 0) | (np.diff(ids) != 0) | (np.diff(guess) != 0)
         row, (parent, ids, guess) = differs.cumsum() - 1, (x[differs] for x in (parent, ids, guess))
-        cache, twigs = self.model.cache, None
+        planted: list[Branch] = []
         if len(guesses) > 1:
             parts = [np.append(i, guesses[g]) for i, g in zip(ids, guess.tolist(), strict=True)]
-            twigs = twigs_of(parent, parts)
-            if not have_room(cache, self.branches, twigs):
+            try:
+                planted = self.model.cache.plant(self.branches, twigs_of(parent.tolist(), parts))
+            except OutOfPages:
                 return False
         self.sequence, self.made, self.row = self.sequence[order], self.made[order], row
-        if twigs is None:
-            self._append(parent, ids)
+        if planted:
+            self.branches = planted
+            self.appended = np.array([len(part) - 1 for part in parts])
         else:
-            self.branches = plant(cache, self.branches, twigs)
-            self.appended = np.array([len(part) - 1 for part in twigs.tokens])
+            self._append(parent, ids)
         return True
 
     def _distinct_guesses(self) -> tuple[Ints, list[Ints]]:
@@ -222,7 +223,7 @@ class Decoding:
     def _append(self, parent: Ints, ids: Ints) -> None:
         """One row for each token of `ids`, which follows the text of row `parent`."""
         if len(parent) != len(self.branches):
-            self.branches = forked(self.branches, parent)
+            self.branches = _forked(self.branches, parent)
         self.appended = np.zeros_like(ids)
         while self.branches:
             try:
@@ -289,3 +290,14 @@ class Decoding:
         expected = min(self.longest, -(-tokens // n)) if n else self.longest
         left = np.maximum(expected - made, 1)
         return int((-(-left // self.model.cache.tree.page_size)).sum())
+
+
+def _forked(branches: list[Branch], parent: Ints) -> list[Branch]:
+    """A branch for each entry of `parent`, which is sorted and names each of `branches`: that one
+    first, then forks of it."""
+    found: list[Branch] = []
+    for branch, count in zip(branches, np.bincount(parent).tolist(), strict=True):
+        found.append(branch)
+        if count > 1:
+            found.extend(branch.fork(count - 1))
+    return found

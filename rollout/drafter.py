@@ -131,9 +131,12 @@ def need_chunks(chunks: Sequence[Chunk | None], sequences: Sequence[int], vocabu
                 raise TypeError(f"{name}: need an array of NumPy, got {type(values).__name__}")
             good = values.ndim == 1 and len(values) == len(chunk.tokens) >= 1
             checks.need(good, name, "one value a token, at least one", values.shape)
-        low, high = int(chunk.tokens.min()), int(chunk.tokens.max())
-        good = 0 <= low and high < vocabulary
-        checks.need(good, "tokens", f"token ids in [0, {vocabulary})", f"{low} to {high}")
+    tokens = [chunk.tokens for chunk in chunks if chunk is not None]
+    if tokens:
+        every = np.concatenate(tokens)
+        good = 0 <= int(every.min()) and int(every.max()) < vocabulary
+        needed = f"token ids in [0, {vocabulary})"
+        checks.need(good, "tokens", needed, f"{every.min()} to {every.max()}")
 
 
 def tell(drafter: Drafter, drawn: Drawn, checked: Ints, ended: Ints) -> None:

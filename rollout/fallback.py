@@ -108,17 +108,15 @@ class Fallback:
     def advance(self, news: Sequence[News]) -> None:
         owners = [self._owner.pop(new.sequence, None) for new in news]
         for i, (drafter, share) in enumerate(zip(self.drafters, self.shares, strict=True)):
-            stayed = sum(new.stayed for new, o in zip(news, owners, strict=True) if o == i)
+            mine = [new for new, o in zip(news, owners, strict=True) if o == i]
             # A text that ended inside a guess has proved it as far as it went.
             checked = sum(
-                new.stayed if new.stayed == len(new.tokens) else new.checked
-                for new, o in zip(news, owners, strict=True)
-                if o == i
+                new.stayed if new.stayed == len(new.tokens) else new.checked for new in mine
             )
-            share.add(stayed, checked)
+            share.add(sum(new.stayed for new in mine), checked)
             drafter.advance(
                 [
-                    new if o == i else new._replace(stayed=0, checked=0)
+                    new if o == i or not new.checked else new._replace(stayed=0, checked=0)
                     for new, o in zip(news, owners, strict=True)
                 ]
             )

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
 
 from rollfuse.kernels import checks
-from rollfuse.kernels.tree_plan import Changes
+from rollfuse.kernels.tree_plan import Changes, counted
 from rollfuse.rollout.node import Node, path
 from rollfuse.rollout.pages import OutOfPages, PagePool
+from rollfuse.rollout.twigs import Twigs, segments_of
 
 Ints = npt.NDArray[np.int64]
 Tokens = Sequence[int] | Ints
@@ -158,6 +159,40 @@ class TokenTree:
                 ends[i] = node if grows[i] else self._child(node)
                 self._grow(ends[i], part)
         return ends
+
+    def plant(self, nodes: Sequence[Node], twigs: Twigs) -> list[Node]:
+        """Continue the texts of `nodes` by twigs, one at least each; the nodes these end in.
+
+        A handle leaves each of `nodes`; the caller puts one on every node returned.
+
+        Raises:
+            OutOfPages: see `append`.
+        """
+        firsts = [p for p, shared in zip(twigs.parent, twigs.shared, strict=True) if not shared]
+        is_one = np.bincount(firsts) == 1
+        grows = [self.grows(node) and bool(one) for node, one in zip(nodes, is_one, strict=True)]
+        beds = self._beds(nodes, twigs, grows)
+        self.changes.count += 1
+        for node in nodes:
+            node.handles -= 1
+        pieces, found = segments_of(twigs), list[Node]()
+        for above, twig, begin, end in zip(*pieces[:4], strict=True):
+            text, (pages, base) = twigs.parent[twig], beds[twig]
+            page, offset = divmod(base + begin, self.page_size)
+            if above < 0 and grows[text]:
+                node, page = nodes[text], 0
+            else:
+                node = self._new_node(nodes[text] if above < 0 else found[above], 0)
+                node.offset = self._offset[node.number] = offset
+                if offset:  # the rest of a page
+                    self.pool.share(pages[page])
+            node.pages = pages[page : (base + end - 1) // self.page_size + 1]
+            self._set_last_page(node)
+            if not self.length[node.number]:
+                self._first[node.number] = twigs.tokens[twig][begin]
+            self.length[node.number] += end - begin
+            found.append(node)
+        return [found[piece] for piece in pieces.last]
 
     def match(self, tokens: Ints, version: int) -> tuple[Node | None, int]:
         """The longest known beginning of `tokens` of that version: its last node, its length."""
@@ -340,6 +375,41 @@ class TokenTree:
         self.token[self._slots(node, first, first + len(tokens))] = tokens
         if not first:
             self._first[node.number] = tokens[0]
+
+    def _beds(
+        self, nodes: Sequence[Node], twigs: Twigs, grows: list[bool]
+    ) -> list[tuple[list[int], int]]:
+        """For each twig its pages, and which of their slots is that of its first token, if it lay
+        there: those of its tokens that are not shared do."""
+        count = [len(part) - n for part, n in zip(twigs.tokens, twigs.shared, strict=True)]
+        in_place = [grows[p] and not n for p, n in zip(twigs.parent, twigs.shared, strict=True)]
+        texts = [nodes[parent] for parent in twigs.parent]
+        wanted = [self.pages_wanted(*of) for of in zip(texts, count, in_place, strict=True)]
+        self.make_room(sum(wanted))
+        taken = iter(self.pool.take(sum(wanted)))
+        beds: list[tuple[list[int], int]] = []
+        for node, n_pages, shared, is_more in zip(
+            texts, wanted, twigs.shared, in_place, strict=True
+        ):
+            pages = list(islice(taken, n_pages))
+            if is_more and node.pages:
+                beds.append((node.pages + pages, node.offset + int(self.length[node.number])))
+            else:
+                beds.append((pages, -shared))
+                if is_more:
+                    node.offset = self._offset[node.number] = 0
+        self._fill(beds, twigs, np.array(count))
+        return beds
+
+    def _fill(self, beds: list[tuple[list[int], int]], twigs: Twigs, count: Ints) -> None:
+        """Write the tokens of twigs that are not shared."""
+        begin = np.array(twigs.shared) + [base for _, base in beds]
+        place = np.repeat(begin, count) + counted(count)
+        n_pages = np.array([len(pages) for pages, _ in beds])
+        page = np.array([page for pages, _ in beds for page in pages])
+        page = page[np.repeat(n_pages.cumsum() - n_pages, count) + place // self.page_size]
+        tokens = [part[n:] for part, n in zip(twigs.tokens, twigs.shared, strict=True)]
+        self.token[page * self.page_size + place % self.page_size] = np.concatenate(tokens)
 
     def _append_each(self, nodes: Sequence[Node], tokens: Ints, grows: list[bool]) -> list[Node]:
         """One token for each of several texts, with no more work per text than a new node is."""

@@ -31,6 +31,7 @@ from rollfuse.rollout.node import Node
 from rollfuse.rollout.token_tree import Ints, Tokens, TokenTree
 from rollfuse.rollout.tree_check import Statistics, check_tree, statistics_of
 from rollfuse.rollout.tree_step import TreeStep, new_step, next_step
+from rollfuse.rollout.twigs import Twigs
 
 # The fewest keys that are worth a program of their own on a device.
 _SPLIT = 256
@@ -200,6 +201,34 @@ class TreeCache:
             tokens = [_ids(part, f"tokens[{i}]") for i, part in enumerate(tokens)]
         for branch, node in zip(branches, self.tree.append(nodes, tokens), strict=True):
             branch._node = node
+
+    def plant(self, branches: Sequence[Branch], twigs: Twigs) -> list[Branch]:
+        """Continue texts by several continuations each; a forward pass is to compute them.
+
+        Args:
+            twigs: one at least for each of `branches`, by their numbers.
+
+        Returns:
+            A branch for each twig. The first one of a text is the branch it had, the others are
+            forks of that.
+
+        Raises:
+            ValueError, OutOfPages: as `append`.
+        """
+        nodes = self._nodes_of(branches)
+        distinct = len({id(branch) for branch in branches}) == len(branches)
+        checks.need(distinct, "branches", "each branch once", "one twice")
+        found: list[Branch] = []
+        begun = -1
+        for parent, node in zip(twigs.parent, self.tree.plant(nodes, twigs), strict=True):
+            branch = branches[parent]
+            if parent > begun:
+                begun, branch._node = parent, node
+                node.handles += 1
+            else:
+                branch = branch._fork_on(node)
+            found.append(branch)
+        return found
 
     # -- forward passes -----------------------------------------------------------------------
 

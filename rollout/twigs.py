@@ -1,79 +1,76 @@
-"""Twigs: what texts of a tree get all at once, equal beginnings once.
+"""Twigs: what several texts of a tree get all at once, equal beginnings once.
 
 Legend: R twigs, each the end of a text from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from rollfuse.rollout.branch import Branch
-from rollfuse.rollout.pages import OutOfPages
-from rollfuse.rollout.token_tree import Ints
-from rollfuse.rollout.tree_cache import TreeCache
+Ints = npt.NDArray[np.int64]
 
 
 class Twigs(NamedTuple):
     """Distinct continuations of texts; those of one text that begin alike follow each other."""
 
-    parent: Ints  # (R,) the number of the text each continues, non-decreasing
-    tokens: list[Ints]  # R of them, none empty
-    shared: Ints  # (R,) how many of its first tokens are those of the twig before, of one parent
+    parent: list[int]  # the number of the text each of them continues, non-decreasing
+    tokens: list[Ints]  # none empty
+    shared: list[int]  # how many of its first tokens are those of the one before, of one parent
 
 
-def twigs_of(parent: Ints, tokens: list[Ints]) -> Twigs:
+class Segments(NamedTuple):
+    """The pieces between the places where twigs part, n of them, above before below."""
+
+    above: list[int]  # (n,) which one it follows, -1 for the text itself
+    twig: list[int]  # (n,) one of those it is a piece of, the first
+    begin: list[int]  # (n,) in that one's tokens
+    end: list[int]  # (n,)
+    last: list[int]  # (R,) the piece in which each twig ends
+
+
+def twigs_of(parent: list[int], tokens: list[Ints]) -> Twigs:
     """Twigs in that order."""
-    shared = np.zeros_like(parent)
-    for i in np.flatnonzero(parent[1:] == parent[:-1]).tolist():
-        n = min(len(tokens[i]), len(tokens[i + 1]))
-        differs = tokens[i][:n] != tokens[i + 1][:n]
-        shared[i + 1] = differs.argmax() if differs.any() else n
+    shared = [0] * len(parent)
+    for i in range(1, len(parent)):
+        one, two = tokens[i - 1], tokens[i]
+        if parent[i - 1] == parent[i] and one[0] == two[0]:
+            n = min(len(one), len(two))
+            differs = one[:n] != two[:n]
+            first = int(differs.argmax())
+            shared[i] = first if differs[first] else n
     return Twigs(parent, tokens, shared)
 
 
-def have_room(cache: TreeCache, branches: Sequence[Branch], twigs: Twigs) -> bool:
-    """Whether the pages that `plant` takes are free, or could be made so: then they are."""
-    tree = cache.tree
-    is_forked = np.bincount(twigs.parent[twigs.shared == 0]) > 1
-    n_pages = 0
-    for row, tokens, shared in zip(twigs.parent, twigs.tokens, twigs.shared.tolist(), strict=True):
-        node = branches[row].node
-        grows = not shared and not is_forked[row] and tree.grows(node)
-        n_pages += tree.pages_wanted(node, len(tokens) - shared, grows)
-    try:
-        tree.make_room(n_pages)
-    except OutOfPages:
-        return False
-    return True
+def segments_of(twigs: Twigs) -> Segments:
+    above: list[int] = []
+    twig: list[int] = []
+    begin: list[int] = []
+    end: list[int] = []
+    last: list[int] = []
 
+    def new(*piece: int) -> int:
+        for column, value in zip((above, twig, begin, end), piece, strict=True):
+            column.append(value)
+        return len(above) - 1
 
-def plant(cache: TreeCache, branches: Sequence[Branch], twigs: Twigs) -> list[Branch]:
-    """A branch for each twig; every one of `branches` has one at least, and becomes its first."""
-    parent, tokens, shared = twigs
-    at = (np.array([len(branch) for branch in branches])[parent] + shared).tolist()
-    first = np.flatnonzero(shared == 0)
-    grown = forked(branches, parent[first])
-    cache.append(grown, [tokens[i] for i in first.tolist()])
-    found = dict(zip(first.tolist(), grown, strict=True))
-    # Each of the others begins within the one before it: first all second ones, then all third.
-    turn = np.arange(len(parent)) - np.repeat(first, np.diff(first, append=len(parent)))
-    for n in range(1, int(turn.max()) + 1):
-        here = np.flatnonzero(turn == n).tolist()
-        grown = [found[i - 1].fork(at=at[i])[0] for i in here]
-        cache.append(grown, [tokens[i][shared[i] :] for i in here])
-        found |= zip(here, grown, strict=True)
-    return [found[i] for i in range(len(parent))]
-
-
-def forked(branches: Sequence[Branch], parent: Ints) -> list[Branch]:
-    """A branch for each entry of `parent`, which is sorted and names each of `branches`: that one
-    first, then forks of it."""
-    found: list[Branch] = []
-    for branch, count in zip(branches, np.bincount(parent).tolist(), strict=True):
-        found.append(branch)
-        if count > 1:
-            found.extend(branch.fork(count - 1))
-    return found
+    way: list[int] = []  # the pieces of the twig before
+    for i, (tokens, shared) in enumerate(zip(twigs.tokens, twigs.shared, strict=True)):
+        while way and begin[way[-1]] >= shared:
+            way.pop()
+        if way and shared < end[way[-1]]:
+            lower = way.pop()
+            way.append(new(above[lower], twig[lower], begin[lower], shared))
+            above[lower], begin[lower] = way[-1], shared
+        way.append(new(way[-1] if way else -1, i, shared, len(tokens)))
+        last.append(way[-1])
+    order = sorted(range(len(above)), key=begin.__getitem__)
+    place = [0] * len(order)
+    for i, piece in enumerate(order):
+        place[piece] = i
+    columns = ([column[piece] for piece in order] for column in (above, twig, begin, end))
+    above, twig, begin, end = columns
+    above = [-1 if piece < 0 else place[piece] for piece in above]
+    return Segments(above, twig, begin, end, [place[piece] for piece in last])

@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
+from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_cache import TreeCache
-from rollfuse.rollout.twigs import have_room, plant, twigs_of
+from rollfuse.rollout.twigs import twigs_of
 
 
 def continuations(draw):
@@ -30,7 +31,7 @@ def setting(seed, n_pages=200):
     if len(roots) > 1 and draw.random() < 0.5:  # one that does not grow in place
         roots[1].prune()
         roots[1] = roots[0].fork()[0]
-    parent = np.array([parent for parent, _ in wanted])
+    parent = [parent for parent, _ in wanted]
     return cache, roots, wanted, twigs_of(parent, [np.array(tokens) for _, tokens in wanted])
 
 
@@ -39,7 +40,7 @@ def test_each_text_is_its_parents_and_its_twig_and_what_they_share_lies_there_on
     cache, roots, wanted, twigs = setting(seed)
     before = [root.tokens.tolist() for root in roots]
     held = cache.statistics().n_tokens
-    branches = plant(cache, roots, twigs)
+    branches = cache.plant(roots, twigs)
     for branch, (parent, tokens) in zip(branches, wanted, strict=True):
         assert branch.tokens.tolist() == before[parent] + tokens
     prefixes = {(parent, *tokens[: n + 1]) for parent, tokens in wanted for n in range(len(tokens))}
@@ -51,26 +52,37 @@ def test_each_text_is_its_parents_and_its_twig_and_what_they_share_lies_there_on
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_there_is_room_iff_planting_finds_the_pages(seed):
+def test_a_page_too_few_changes_nothing(seed):
     cache, roots, _, twigs = setting(seed)
-    assert have_room(cache, roots, twigs)
     free = cache.tree.pool.n_free
-    plant(cache, roots, twigs)
+    cache.plant(roots, twigs)
     taken = free - cache.tree.pool.n_free
-    for spare in (0, 1):
-        cache, roots, wanted, twigs = setting(seed)
-        hold = cache.tree.pool.take(free - taken + spare)
-        assert have_room(cache, roots, twigs) == (spare == 0)
-        if not spare:
-            assert [len(b) for b in plant(cache, roots, twigs)]
-            assert cache.tree.pool.n_free == 0
-        cache.tree.pool.give_back(hold)
+    cache, roots, _, twigs = setting(seed)
+    hold = cache.tree.pool.take(free - taken + 1)
+    before = [root.tokens.tolist() for root in roots], cache.statistics()
+    with pytest.raises(OutOfPages, match=f"need {taken} free ones"):
+        cache.plant(roots, twigs)
+    assert before == ([root.tokens.tolist() for root in roots], cache.statistics())
+    cache.tree.pool.give_back(hold)
+    cache.check()
+    assert [len(branch) for branch in cache.plant(roots, twigs)]
+    cache.check()
+
+
+def test_a_branch_goes_on_as_its_first_twig_and_the_others_are_forks_of_it():
+    cache = TreeCache(1, 1, 2, n_pages=9, page_size=2)
+    root, other = cache.root([5], stream=7), cache.root([5], stream=7)
+    planted = cache.plant([root], twigs_of([0, 0], [np.array([6, 7]), np.array([6, 8])]))
+    assert planted[0] is root and root.stream == 7
+    assert planted[1].stream == other.fork()[0].stream
+    with pytest.raises(ValueError, match="branches: need each branch once"):
+        cache.plant([other, other], twigs_of([0, 1], [np.array([1]), np.array([1])]))
+    cache.check()
 
 
 def test_retained_texts_make_room():
     cache = TreeCache(1, 1, 2, n_pages=4, page_size=1)
     cache.root([1, 2]).prune(retain=True)
     root = cache.root([5])
-    twigs = twigs_of(np.array([0, 0]), [np.array([6, 7]), np.array([6, 8])])
-    assert have_room(cache, [root], twigs)
-    assert [b.tokens.tolist() for b in plant(cache, [root], twigs)] == [[5, 6, 7], [5, 6, 8]]
+    planted = cache.plant([root], twigs_of([0, 0], [np.array([6, 7]), np.array([6, 8])]))
+    assert [branch.tokens.tolist() for branch in planted] == [[5, 6, 7], [5, 6, 8]]
