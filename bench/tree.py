@@ -1,7 +1,7 @@
 """`python -m rollfuse.bench tree CASE`: the tree cache against those who keep every text apart.
 
-`attention`, `fork` and `engine` are timed: the median of interleaved repeats, paired for ratios,
-and only of results that passed their check. `bytes` is counted.
+Timed are medians of interleaved repeats, paired for ratios, and only of results that passed their
+check. `bytes` is counted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from rollfuse.bench import (
     tree_bytes,
     tree_engine,
     tree_fork,
+    tree_reuse,
 )
 
 CASES = {
     "attention": tree_attention,
     "fork": tree_fork,
     "engine": tree_engine,
+    "reuse": tree_reuse,
     "bytes": tree_bytes,
 }
 
