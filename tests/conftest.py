@@ -12,6 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rollfuse.kernels.dispatch import backend
+
+if backend.name == "interpret":
+    import quick_interpreter
+
+    quick_interpreter.quicken()
+
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,20 +94,20 @@ def test_every_module_with_a_kernel_is_compared():
     assert with_stores == set(COMPARISONS)
 
 
-@pytest.mark.parametrize("module", COMPARISONS)
-def test_each_spoilt_store_is_noticed(module: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        (module, number)
+        for module in COMPARISONS
+        for number in range(len(stores((KERNELS / f"{module}.py").read_text())))
+    ],
+)
+def test_a_spoilt_store_is_noticed(module: str, number: int, tmp_path: Path):
     source = (KERNELS / f"{module}.py").read_text()
-
-    def run(number: int) -> subprocess.CompletedProcess[str]:
-        tree = copy_of_tree(tmp_path / str(number))
-        (tree / "kernels" / "_triton" / f"{module}.py").write_text(spoilt(source, number))
-        return interpreted_tests(tree, COMPARISONS[module])
-
-    calls = stores(source)
-    with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(run, range(len(calls))))
-    for call, done in zip(calls, runs, strict=True):
-        where = f"{module}: {ast.unparse(call)}"
-        assert done.returncode == 1, f"{where} was spoilt and nobody noticed:\n{done.stdout}"
-        noticed = re.search(r"^E +(AssertionError|assert )", done.stdout, re.MULTILINE)
-        assert noticed, f"{where} was spoilt, and no comparison failed:\n{done.stdout}"
+    tree = copy_of_tree(tmp_path / "tree")
+    (tree / "kernels" / "_triton" / f"{module}.py").write_text(spoilt(source, number))
+    done = interpreted_tests(tree, COMPARISONS[module])
+    where = f"{module}: {ast.unparse(stores(source)[number])}"
+    assert done.returncode == 1, f"{where} was spoilt and nobody noticed:\n{done.stdout}"
+    noticed = re.search(r"^E +(AssertionError|assert )", done.stdout, re.MULTILINE)
+    assert noticed, f"{where} was spoilt, and no comparison failed:\n{done.stdout}"
