@@ -25,9 +25,25 @@ from rollfuse.kernels.gemm import row_stride
 
 pytestmark = pytest.mark.kernels
 
+INTERPRETED = backend.name == "interpret"
 # (D, V): one block of columns, several, and a vocabulary of which a block holds few rows.
 # The interpreter, which walks a row at a time, takes the first.
-SHAPES = [(16, 301), (96, 9999), (64, 50257)][: 1 if backend.name == "interpret" else 3]
+SHAPES = [(16, 301), (96, 9999), (64, 50257)][: 1 if INTERPRETED else 3]
+# Rows of a chunk; rows of two chunks and a part of a third, and of one and a part of another.
+CHUNK, ROWS, FEWER = (16, 40, 20) if INTERPRETED else (128, 300, 150)
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_few_rows(monkeypatch):
+    """In the interpreter, where every call fills up a chunk."""
+    if INTERPRETED:
+        monkeypatch.setattr(plans, "_INVARIANT_ROWS", {"cpu": CHUNK})
+
+
+def picked(n_rows):
+    """Rows out of `n_rows`: one, the last, a few, more than a chunk's, all in another order."""
+    few, many = [3, n_rows * 2 // 3, 5], list(range(n_rows * 3 // 10, n_rows))
+    return [7], [n_rows - 1], few, many, torch.randperm(n_rows).tolist()
 
 
 def values_and_gradient(hidden, head, targets, upstream, plan, rows=None):
@@ -44,7 +60,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def make(width, vocabulary, dtype=torch.float32, n_rows=300):
+def make(width, vocabulary, dtype=torch.float32, n_rows=ROWS):
     hidden = torch.randn(n_rows, width).to(dtype)
     weight = (torch.randn(vocabulary, width) * 2 / width**0.5).to(dtype).requires_grad_()
     bias = torch.randn(vocabulary)
@@ -66,8 +82,7 @@ def test_a_row_has_the_same_bits_in_any_batch(width, vocabulary, kind, dtype, n_
     hidden, head, targets, upstream = make(width, vocabulary, dtype)
     plan = Plan(kind, invariant=True)
     whole = values_and_gradient(hidden, head, targets, upstream, plan)
-    shuffled = torch.randperm(len(targets))
-    for pick in ([7], [299], [3, 200, 5], list(range(130, 270)), shuffled.tolist()):
+    for pick in picked(ROWS):
         part = values_and_gradient(hidden[pick], head, targets[pick], upstream[:, pick], plan)
         for a, b in zip(part, whole, strict=True):
             assert torch.equal(a, b[pick])
@@ -79,8 +94,8 @@ VOCABULARIES = [2, 3, 5, 7, 9, 11, 15, 17, 31, 33, 65, 129, 301, 1999]
 ADAPTED = [(256, 301, rank) for rank in RANKS]
 ADAPTED += [(width, 2001, 6) for width in WIDTHS]
 ADAPTED += [(64, vocabulary, 5) for vocabulary in VOCABULARIES]
-# The products are the same in the interpreter, which takes a second for a hundred rows.
-ADAPTED = [(32, 31, 6)] if backend.name == "interpret" else ADAPTED
+# The products are the same in the interpreter.
+ADAPTED = [(32, 31, 6)] if INTERPRETED else ADAPTED
 
 
 @pytest.mark.parametrize(("width", "vocabulary", "rank"), ADAPTED)
@@ -90,15 +105,16 @@ def test_whatever_the_rank_the_width_and_the_vocabulary(
 ):
     # A widened weight comes in slabs of an odd number of rows.
     monkeypatch.setattr(gemm, "SLAB_ELEMENTS", 777 * width)
-    hidden, targets = torch.randn(200, width).to(dtype), torch.randint(vocabulary, (200,))
+    n_rows = ROWS * 2 // 3
+    hidden, targets = torch.randn(n_rows, width).to(dtype), torch.randint(vocabulary, (n_rows,))
     weight = (torch.randn(vocabulary, width) * 2 / width**0.5).to(dtype).requires_grad_()
     a, b = torch.randn(rank, width) / width**0.5, torch.randn(vocabulary, rank)
     adapted = Head(weight, lora=Lora(a.to(dtype), b.to(dtype), 0.7))
-    upstream = torch.randn(2, 200)
+    upstream = torch.randn(2, n_rows)
     for head in (adapted, Head(weight)):
         plan = Plan("recompute", invariant=True)
         whole = values_and_gradient(hidden, head, targets, upstream, plan)
-        for pick in ([7], [199], [3, 199, 5], list(range(60, 200)), torch.randperm(200).tolist()):
+        for pick in picked(n_rows):
             part = values_and_gradient(hidden[pick], head, targets[pick], upstream[:, pick], plan)
             for one, other in zip(part, whole, strict=True):
                 assert torch.equal(one, other[pick])
@@ -108,7 +124,7 @@ def test_any_number_of_rows():
     hidden, head, targets, upstream = make(48, 301)
     plan = Plan("recompute", invariant=True)
     whole = values_and_gradient(hidden, head, targets, upstream, plan)
-    for n_rows in (1,) if backend.name == "interpret" else range(1, 300):
+    for n_rows in (1, CHUNK, CHUNK + 1) if INTERPRETED else range(1, ROWS):
         part = values_and_gradient(
             hidden[-n_rows:], head, targets[-n_rows:], upstream[:, -n_rows:], plan
         )
@@ -119,7 +135,7 @@ def test_any_number_of_rows():
 @pytest.mark.parametrize("rank", [1, 7, 16, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rank_that_is_filled_up_has_the_same_gradients(rank, dtype):
-    problem = make_problem(n_rows=150, dtype=dtype)
+    problem = make_problem(n_rows=FEWER, dtype=dtype)
     a, b = torch.randn(rank, 16).to(dtype), torch.randn(301, rank).to(dtype)
     lora = Lora(a.requires_grad_(), b.requires_grad_(), 0.3)
     head = replace(problem.head, lora=lora)
@@ -139,7 +155,7 @@ def test_plans_budgets_and_held_rows_do_not_change_a_bit(monkeypatch):
     hidden, head, targets, upstream = make(*SHAPES[-1])
     want = values_and_gradient(hidden, head, targets, upstream, Plan("recompute", invariant=True))
     row_bytes = 4 * row_stride(SHAPES[-1][1], torch.device("cpu"))
-    monkeypatch.setitem(plans._HELD_BYTES, "cpu", 200 * row_bytes)
+    monkeypatch.setitem(plans._HELD_BYTES, "cpu", ROWS * 2 // 3 * row_bytes)
     for plan in (Plan(invariant=True), Plan("hold", invariant=True),
                  Plan("recompute", 1 << 26, invariant=True)):  # fmt: skip
         for a, b in zip(
@@ -168,7 +184,7 @@ def test_several_pairs_of_a_row():
 @pytest.mark.parametrize(("objective", "kind"), [(smooth_local, "fused"), (coupled, "hold")])
 def test_policy_losses_agree_with_the_scorer_to_the_bit(objective, kind):
     """Whatever pairs are left out, whichever plan makes the gradients."""
-    problem = make_problem(n_rows=150, bias=True)
+    problem = make_problem(n_rows=FEWER, bias=True)
     scored = linear_logp_entropy(
         problem.hidden, problem.head, problem.batch.targets,
         temperature=problem.batch.temperature, plan=Plan(invariant=True),
@@ -188,7 +204,7 @@ def test_policy_losses_agree_with_the_scorer_to_the_bit(objective, kind):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert result.diagnostics.chunk_rows == result.diagnostics.slot_multiple == 128
+    assert result.diagnostics.chunk_rows == result.diagnostics.slot_multiple == CHUNK
     both = linear_policy_loss(
         problem.hidden, problem.head, problem.batch, objective,
         plan=Plan(kind, dropped="score", invariant=True),
@@ -228,9 +244,9 @@ def test_sampler_scorer_and_trainer_agree_where_they_share_the_op():
 
 
 def test_a_full_chunk_hands_over_what_a_filled_up_one_does():
-    """128 rows fill a chunk, one row does not: both round the gradient once, times the upstream."""
-    problem = make_problem(n_rows=128, dtype=torch.bfloat16)
-    batch = replace(problem.batch, weights=torch.full((128,), 0.01))
+    """Rows that fill a chunk, and one: both round the gradient once, times the upstream."""
+    problem = make_problem(n_rows=CHUNK, dtype=torch.bfloat16)
+    batch = replace(problem.batch, weights=torch.full((CHUNK,), 0.01))
 
     def gradient(hidden, batch):
         loss = linear_policy_loss(
@@ -239,15 +255,18 @@ def test_a_full_chunk_hands_over_what_a_filled_up_one_does():
         return torch.autograd.grad(loss * 3.0, hidden)[0]
 
     whole = gradient(problem.hidden, batch)
-    for row in (0, 77):
+    for row in (0, CHUNK * 3 // 5):
         alone = problem.hidden.detach()[row : row + 1].requires_grad_()
         part = replace(batch.select(torch.tensor([row])), rows=None)
         assert torch.equal(gradient(alone, part)[0], whole[row])
 
 
-def test_run_to_run_every_gradient_has_the_same_bits():
+def test_run_to_run_every_gradient_has_the_same_bits(monkeypatch):
+    n_rows, n_pairs = (70, 90) if INTERPRETED else (1100, 1300)
+    if INTERPRETED:
+        monkeypatch.setattr(plans, "_CHUNK_ROWS", {"cpu": 64})
     for kind, objective in (("fused", smooth_local), ("hold", coupled), ("recompute", coupled)):
-        problem = make_problem(n_rows=1100, n_pairs=1300)
+        problem = make_problem(n_rows=n_rows, n_pairs=n_pairs)
         found = []
         for _ in range(2):
             loss = linear_policy_loss(
@@ -261,8 +280,10 @@ def test_what_cannot_be_invariant_is_refused():
     hidden, head, targets, _ = make(16, 301, torch.bfloat16)
     with pytest.raises(ValueError, match="invariant=True; use 'recompute'"):
         linear_logp_entropy(hidden, head, targets, plan=Plan("hold", invariant=True))
-    with pytest.raises(ValueError, match="at least .* in chunks of 128 rows"):
-        linear_logp_entropy(hidden, head, targets, plan=Plan("recompute", 90000, invariant=True))
+    with pytest.raises(ValueError, match=f"at least .* in chunks of {CHUNK} rows"):
+        linear_logp_entropy(
+            hidden, head, targets, plan=Plan("recompute", 700 * CHUNK, invariant=True)
+        )
     for width in (4, 15, 17, 40):
         narrow = torch.randn(3, width)
         with pytest.raises(ValueError, match=f"whose width is a multiple of 16, got {width}"):
