@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := bench dev examples grpo rivals
+# A worker on every core, each with one thread; one that has run dry takes from the others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .PHONY: help demo test environment lint types tests interpreter portability format clean
 .NOTPARALLEL:
@@ -35,11 +37,11 @@ types: environment
 
 tests: environment
 	@echo "== tests, PyTorch path =="
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 interpreter: environment
 	@echo "== tests of the kernels, Triton's interpreter =="
-	ROLLFUSE_BACKEND=interpret $(BIN)/python -m pytest -q -m kernels
+	ROLLFUSE_BACKEND=interpret $(PYTEST) -m kernels
 
 portability: environment
 	@echo "== every kernel compiled for each target =="

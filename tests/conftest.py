@@ -10,14 +10,10 @@ from functools import wraps
 import numpy as np
 import pytest
 import torch
+from quick_interpreter import quicken
 from torch import Tensor
 
-from rollfuse.kernels.dispatch import backend
-
-if backend.name == "interpret":
-    import quick_interpreter
-
-    quick_interpreter.quicken()
+quicken()
 
 
 @pytest.fixture(autouse=True)

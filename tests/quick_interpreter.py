@@ -6,20 +6,26 @@ Both are two thirds of its time. What a kernel computes, and what is noticed of 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
-from triton.runtime import interpreter
+from rollfuse.kernels.dispatch import backend
 
 
 def quicken() -> None:
-    """Change the interpreter of this process."""
-    _patch_the_language_once_a_launch()
+    """Change the interpreter of this process, if it is in use."""
+    if backend.name != "interpret":
+        return
+    # Here, because triton looks when it is imported whether it is to interpret.
+    from triton.runtime import interpreter
+
+    _patch_the_language_once_a_launch(interpreter)
     options = interpreter.interpreter_builder.options
     # Sums and products are worked out again in 64 bits, for an assertion made in debug mode alone.
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
 
 
-def _patch_the_language_once_a_launch() -> None:
+def _patch_the_language_once_a_launch(interpreter: ModuleType) -> None:
     """At a module's first function, as a launch unpatches at its end; not at every call of one."""
     function = interpreter.InterpretedFunction
     launch, call = function.run, function.__call__

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from quick_interpreter import quicken
 
 
 def on_ranks(function: Callable[..., Any], n_ranks: int, folder: Path, *args: Any) -> list[Any]:
@@ -24,6 +25,7 @@ def _rank(
     rank: int, n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    quicken()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,8 @@ requirements = pytest.importorskip("packaging.requirements", reason="needs the e
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "losses", "rollout", "bench")
+# What no clone has.
+NOT_BUILT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 CORE = ("rollfuse.kernels.", "rollfuse.losses.")
 # PyPI's triton, which the rivals require, would cover the one a ROCm torch brings.
 INSTALLED_EXTRAS = {"grpo", "bench", "dev", "examples"}
@@ -47,7 +50,9 @@ print(json.dumps([rollfuse.__file__, found]))
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    # Of a copy: a build writes into the tree, where another process's may run.
+    tree = shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=NOT_BUILT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(tree))
     return folder
 
 
