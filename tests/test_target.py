@@ -111,7 +111,8 @@ CUTS = {
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
 def test_log_probs_leave_what_the_samples_leave(name: str, level: float, kind: str) -> None:
     """Bit for bit: near the border, with pairs of logits that nearly tie."""
-    n, width = 12, 18
+    # The interpreter takes long to find where top-k and top-p cut.
+    n, width = (6, 12) if backend.name == "interpret" and name != "min_p" else (12, 18)
     half = level + CUTS[name].temperature * torch.randn(n, width // 2, device=DEVICE)
     near = (
         torch.randn(n, width // 2, device=DEVICE)

@@ -151,8 +151,9 @@ def test_a_target_without_last_rows_draws_nothing_there(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_some_drafts_have_a_last_row_and_others_not(name: str) -> None:
     rule, n_drafts = RULES[name]
-    draft, target = ragged(80, VOCABULARY, n_drafts=n_drafts, seed=3, device=DEVICE)
-    n = 80 * n_drafts
+    n_sequences = 80 if n_drafts == 1 or backend.name != "interpret" else 30
+    draft, target = ragged(n_sequences, VOCABULARY, n_drafts=n_drafts, seed=3, device=DEVICE)
+    n = n_sequences * n_drafts
     closed = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
     last = draft.cu_seqlens[1:] + torch.arange(n, device=DEVICE)
     keep = torch.ones(target.n_rows, dtype=torch.bool, device=DEVICE)
