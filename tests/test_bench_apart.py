@@ -18,9 +18,12 @@ STEPS = {"pid": os.getpid, "root": math.sqrt, "end": os._exit, "threads": torch.
 
 @pytest.fixture
 def apart():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)  # not what a process starts with
     made = Apart(partial(dict, **STEPS))
     yield made
     made.close()
+    torch.set_num_threads(before)
 
 
 def test_steps_run_in_one_other_process_with_as_many_threads(apart):
