@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := bench dev examples grpo rivals
 # A worker on every core, each with one thread; one that has run dry takes from the others.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal
 
 .PHONY: help demo test environment lint types tests interpreter portability format clean
 .NOTPARALLEL:
