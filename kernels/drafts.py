@@ -16,7 +16,10 @@ _SLACK = 1e-2
 
 
 class ProposalRows(NamedTuple):
-    """What some draft tokens were drawn from; n tokens."""
+    """What some draft tokens were drawn from; n tokens.
+
+    On a device ids are not looked at beforehand: one that is no token's cannot be drawn.
+    """
 
     logp: Tensor  # (n, V) or (n, k) in nats
     ids: Tensor | None  # (n, k) int64; None: column v is token v
@@ -24,19 +27,26 @@ class ProposalRows(NamedTuple):
     def logp_of(self, tokens: Tensor) -> Tensor:
         """(n,) log-probs of one token a row; -inf for those a row cannot draw."""
         if self.ids is None:
-            return self.logp.gather(1, tokens.unsqueeze(1)).squeeze(1)
+            known = tokens.clamp(0, self.logp.shape[1] - 1)
+            logp = self.logp.gather(1, known.unsqueeze(1)).squeeze(1)
+            return logp.masked_fill(known != tokens, -torch.inf)
         is_it = self.ids == tokens.unsqueeze(1)
         return self.logp.masked_fill(~is_it, -torch.inf).amax(1)
 
-    def columns_of(self, values: Tensor) -> Tensor:
-        """(n, V) or (n, k): of `values` (n, V), what each row can draw."""
-        return values if self.ids is None else values.gather(1, self.ids)
+    def columns_of(self, values: Tensor, nothing: float = 0.0) -> Tensor:
+        """(n, V) or (n, k): of `values` (n, V), what each row can draw; `nothing` of no token."""
+        if self.ids is None:
+            return values
+        known = self.ids.clamp(0, values.shape[1] - 1)
+        return values.gather(1, known).masked_fill_(known != self.ids, nothing)
 
     def subtracted(self, values: Tensor, from_: Tensor) -> Tensor:
         """(n, V): `from_` less `values` (n, V) or (n, k) of what each row can draw."""
         if self.ids is None:
             return from_ - values
-        return from_.scatter_add(1, self.ids, -values.to(from_.dtype))
+        known = self.ids.clamp(0, from_.shape[1] - 1)
+        less = values.to(from_.dtype).masked_fill(known != self.ids, 0.0)
+        return from_.scatter_add(1, known, -less)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +212,11 @@ class Draft:
         if len(torch.unique(self.streams)) < self.n_sequences:
             need_distinct_streams(self.streams)
         if self.max_length is not None:
-            ends_at = self.positions.repeat_interleave(self.n_drafts) + lengths
-            late = ends_at > self.max_length
+            begins_at = self.positions.repeat_interleave(self.n_drafts).long()
+            late = begins_at > self.max_length - lengths
             if bool(late.any()):
                 draft = int(late.nonzero()[0])
-                got = f"{int(ends_at[draft])} tokens with draft {draft}"
+                got = f"{int(begins_at[draft]) + int(lengths[draft])} tokens with draft {draft}"
                 raise ValueError(f"max_length: need at most {self.max_length} tokens, got {got}")
         for name, values in (("token ids", self.tokens), ("positions", self.positions)):
             low = int(values.min()) if values.shape[0] else 0

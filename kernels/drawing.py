@@ -135,6 +135,17 @@ def _best_tokens(
     return ids, best
 
 
+class Undrawable(ValueError):
+    """Nothing can be drawn from a row."""
+
+    def __init__(self, source: str, row: int) -> None:
+        super().__init__(
+            f"{source}: need a finite maximum in every row, got none in row {row} (a NaN, +inf or "
+            "nothing but -inf)"
+        )
+        self.row = row
+
+
 def settled(found: Outcome, source: str) -> Outcome:
     """Refuses rows that nothing can be drawn from on the CPU; marks them elsewhere, with NaN.
 
@@ -143,10 +154,7 @@ def settled(found: Outcome, source: str) -> Outcome:
     bad = found.bad
     if bad.device.type == "cpu":
         if bool(bad.any()):
-            raise ValueError(
-                f"{source}: need a finite maximum in every row, got none in row "
-                f"{int(bad.nonzero()[0])} (a NaN, +inf or nothing but -inf)"
-            )
+            raise Undrawable(source, int(bad.nonzero()[0]))
         return found
     logp, entropy, support = (
         values.masked_fill(bad, torch.nan) for values in (found.logp, found.entropy, found.support)

@@ -110,7 +110,10 @@ def _step(
     numbers = torch.arange(3 * place, 3 * place + 3, device=part.device)
     uniform = acceptance_uniforms(draft, part, numbers)
     column, filled = select(
-        q.columns_of(log_p).double().exp(), q.logp.double().exp(), _copies(q, tokens), uniform
+        q.columns_of(log_p, -torch.inf).double().exp(),
+        q.logp.double().exp(),
+        _copies(q, tokens),
+        uniform,
     )
     is_accepted = column >= 0
     chosen = _tokens_of_columns(q, column)
@@ -124,7 +127,7 @@ def _step(
     if cut.shape[0]:
         ended = part[cut]
         taken = (ProposalRows(q.logp[cut], None if q.ids is None else q.ids[cut]), filled[cut])
-        positions = draft.positions[ended] + place
+        positions = draft.positions[ended].long() + place
         walk.replaced[ended] = draw_residual(log_p[cut], taken, draft.streams[ended], positions)
     return part[is_accepted]
 

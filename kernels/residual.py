@@ -19,8 +19,9 @@ from rollfuse.kernels.statistics import first_argmax
 from rollfuse.kernels.target import Target
 from rollfuse.kernels.verification import Verdict, next_rows
 
-# Whole rows of the target are looked at in blocks of about this many elements: 64 MiB of float32.
-_BLOCK_ELEMENTS = 1 << 24
+# Whole rows of the target are looked at in blocks of about this many elements: 16 MiB of float32,
+# of which there are up to six at a time, two of them in float64.
+_BLOCK_ELEMENTS = 1 << 22
 
 
 def need_proposal(draft: Draft) -> Proposal:

@@ -70,10 +70,11 @@ class Sampling:
     probability; by min_p: those with at least min_p of the largest probability. It is the order of
     Hugging Face; vLLM takes min_p before top_k and top_p, which is another set where min_p and
     top_p both cut. What ties with the last token kept, to 1e-5 of its distance from the largest
-    logit, is kept.
+    logit and to 1e-6 nats, is kept.
 
     Attributes:
         temperature: > 0, in [2^-126, 2^126]; one number, or (N,) floating point, one value a row.
+            A row of which the largest logit over it is no float32 cannot be drawn from.
         top_k: >= 1, V or more means all; one int, (N,) int64 or int32, or None.
         top_p: in (0, 1]; one number, (N,) floating point, or None.
         min_p: in [0, 1]; likewise.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rollfuse.kernels import checks
+from rollfuse.kernels.drawing import Undrawable
 from rollfuse.kernels.head import Head, as_head, operand_dtype
 from rollfuse.kernels.linear_sampling import linear_log_probs, linear_sample, linear_score
 from rollfuse.kernels.plan import Plan
@@ -22,6 +25,9 @@ from rollfuse.kernels.sampling import (
     sample_tokens,
     score_tokens,
 )
+
+# Rows of logits that are picked are copied in blocks of about so many elements.
+_BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +84,28 @@ class Target:
 
     def sample(self, streams: Tensor, positions: Tensor, rows: Tensor | None = None) -> Sampled:
         """A token from each row, or from some, with noise of (n,) or (n, K) streams."""
-        x, sampling = self._rows(rows), self._sampling(rows)
-        if self.head is None:
-            return sample_tokens(x, streams, positions, sampling)
-        return linear_sample(x, self.head, streams, positions, sampling, plan=self.plan)
+        parts: list[Sampled] = []
+        for part, here in self._parts(rows):
+            with _naming(here):
+                x, sampling = self._rows(here), self._sampling(here)
+                noise = streams[part], positions[part]
+                if self.head is None:
+                    parts.append(sample_tokens(x, *noise, sampling))
+                else:
+                    parts.append(linear_sample(x, self.head, *noise, sampling, plan=self.plan))
+        return parts[0] if len(parts) == 1 else Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
     def score(self, tokens: Tensor, rows: Tensor | None = None) -> Scored:
         """What each row, or some, say of a token each."""
-        x, sampling = self._rows(rows), self._sampling(rows)
-        if self.head is None:
-            return score_tokens(x, tokens, sampling)
-        return linear_score(x, self.head, tokens, sampling, plan=self.plan)
+        parts: list[Scored] = []
+        for part, here in self._parts(rows):
+            with _naming(here):
+                x, sampling = self._rows(here), self._sampling(here)
+                if self.head is None:
+                    parts.append(score_tokens(x, tokens[part], sampling))
+                else:
+                    parts.append(linear_score(x, self.head, tokens[part], sampling, plan=self.plan))
+        return parts[0] if len(parts) == 1 else Scored(*map(torch.cat, zip(*parts, strict=True)))
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """(n, V) of some rows, under the sampling; float32 (float64 for float64 rows)."""
@@ -96,6 +113,15 @@ class Target:
         if self.head is None:
             return log_probs_of_tokens(x, sampling)
         return linear_log_probs(x, self.head, sampling, plan=self.plan)
+
+    def _parts(self, rows: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        """All at once, but of picked logits some rows at a time: they are not all there twice."""
+        if rows is None or self.head is not None:
+            yield slice(None), rows
+            return
+        size = max(1, _BLOCK_ELEMENTS // self.vocabulary)
+        for start in range(0, max(len(rows), 1), size):
+            yield slice(start, start + size), rows[start : start + size]
 
     def _rows(self, rows: Tensor | None) -> Tensor:
         return self.rows if rows is None else self.rows[rows]
@@ -110,3 +136,13 @@ class Target:
             if isinstance(value, Tensor):
                 picked[field.name] = value[rows]
         return replace(self.sampling, **picked) if picked else self.sampling
+
+
+@contextmanager
+def _naming(rows: Tensor | None) -> Iterator[None]:
+    """Of a row that nothing can be drawn from, say which one of the target's it is."""
+    try:
+        yield
+    except Undrawable as error:
+        row = error.row if rows is None else int(rows[error.row])
+        raise Undrawable("target.rows", row) from None

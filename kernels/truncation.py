@@ -82,8 +82,8 @@ def centred(logits: Tensor, transform: Transform, support: Tensor) -> Tensor:
         is_out = below < -(widened(last) / part.factor).unsqueeze(1)
         kept = -below.masked_fill(is_out, 0.0).amin(1) * part.factor
         first = -below.masked_fill_(~is_out, -torch.inf).amax(1) * part.factor
-        # Nothing is cut, or nothing but what has no probability anyway.
-        found[start:stop] = torch.where(first.isfinite(), 0.5 * (kept + first), last)
+        # Where nothing is cut that has a probability there is no border; NaN stays what it is.
+        found[start:stop] = torch.where(first.isfinite(), 0.5 * (kept + first), last + torch.inf)
     return found
 
 

@@ -41,7 +41,7 @@ Rule = Callable[[Draft, Target, DraftRows], Verdict]
 def verify(rule: Rule, draft: Draft, target: Target) -> Verdict:
     """Accept a prefix of every draft and draw what follows it.
 
-    A draft without tokens, and one row after it, is plain sampling: `sample_tokens` with the
+    Drafts without tokens, and a row after each, are plain sampling: `sample_tokens` with the
     sequences' own streams at their positions, under any rule. No gradient flows.
 
     After a cut a sequence goes on with its own stream (`draft.streams`), at the position past
@@ -66,11 +66,9 @@ def verify(rule: Rule, draft: Draft, target: Target) -> Verdict:
     checks.need_same_device(target.rows, draft.tokens, "target.rows", "draft")
     with torch.no_grad():
         rows = rows_of(draft, target.n_rows)
-        if draft.n_tokens == 0 and draft.n_drafts == 1 and target.n_rows == draft.n_sequences:
-            return _plain(draft, target)
         _check_vocabulary(draft, target.vocabulary)
-        if target.n_rows == 0:
-            return _compare(draft, target, rows, draft.streams[rows.draft])
+        if draft.n_tokens == 0:
+            return _compare(draft, target, rows, draft.streams[rows.draft // draft.n_drafts])
         return rule(draft, target, rows)
 
 
@@ -83,7 +81,9 @@ def coupled(draft: Draft, target: Target, rows: DraftRows) -> Verdict:
     (1 + TV), where TV is the distance of p (target) and q (draft).
 
     Raises:
-        ValueError: without `draft.drawn_with`, or several drafts a sequence (see `coupled_list`).
+        ValueError: without `draft.drawn_with`, or several drafts a sequence (see `coupled_list`);
+            on the CPU also if two sequences would be judged by the same noise, whose tokens would
+            be one sample twice.
 
     Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant
     speculative decoding", arXiv 2408.07978, algorithm 2 (Gumbel sampling).
@@ -120,7 +120,7 @@ def coupled_list(draft: Draft, target: Target, rows: DraftRows) -> Verdict:
     Accepts more often than `coupled`: no draft that agrees is lost because another one differs.
 
     Raises:
-        ValueError: without `draft.drawn_with`.
+        ValueError: without `draft.drawn_with`; on the CPU also as `coupled`.
 
     Source: Daliri et al., arXiv 2408.07978, for one draft; the largest of K Gumbels is a Gumbel
     shifted by log K, for every token alike.
@@ -134,9 +134,35 @@ def need_one_draft(draft: Draft) -> None:
 
 
 def need_drawn_with(draft: Draft) -> Tensor:
+    """The streams that drew the tokens; raises where two sequences have the same (CPU only)."""
     if draft.drawn_with is None:
         raise ValueError("drawn_with: need the stream each token was drawn with, got None")
+    if checks.may_read(draft.tokens):
+        _need_noise_apart(draft, draft.drawn_with)
     return draft.drawn_with
+
+
+def _need_noise_apart(draft: Draft, drawn_with: Tensor) -> None:
+    length = draft.cu_seqlens.diff()
+    place = torch.arange(draft.n_tokens) - draft.cu_seqlens[:-1].repeat_interleave(length)
+    sequence = torch.arange(len(length)).repeat_interleave(length) // draft.n_drafts
+    # A sequence's own stream may have drawn its draft, nobody else's.
+    in_order, number = draft.streams.sort()
+    found = torch.searchsorted(in_order, drawn_with).clamp_(max=draft.n_sequences - 1)
+    is_others = (in_order[found] == drawn_with) & (number[found] != sequence)
+    # Equal noise of the same place side by side, of each sequence in one piece.
+    order = (draft.positions[sequence] + place).argsort(stable=True)
+    order = order[drawn_with[order].argsort(stable=True)]
+    one, two = order[:-1], order[1:]
+    at = draft.positions[sequence] + place
+    is_same = (drawn_with[one] == drawn_with[two]) & (at[one] == at[two])
+    is_others[two] |= is_same & (sequence[one] != sequence[two])
+    if bool(is_others.any()):
+        token = int(is_others.nonzero()[0])
+        raise ValueError(
+            "drawn_with: need noise that judges no other sequence, got stream "
+            f"{int(drawn_with[token])} for token {token}"
+        )
 
 
 def need_own_noise(draft: Draft) -> None:
@@ -166,14 +192,6 @@ def next_rows(
     if draft.max_length is not None:
         exists = exists & (draft.positions + n_accepted < draft.max_length)
     return row, exists
-
-
-def _plain(draft: Draft, target: Target) -> Verdict:
-    """The verdict on drafts without tokens: a token is drawn for each sequence."""
-    drawn = target.sample(draft.streams, draft.positions)
-    ids = _until_end(drawn.ids, draft.positions, draft.max_length)
-    numbers = torch.arange(draft.n_sequences, device=ids.device)
-    return Verdict(torch.zeros_like(numbers), ids, ids, *drawn[1:], followed=numbers)
 
 
 def _until_end(ids: Tensor, positions: Tensor, max_length: int | None) -> Tensor:

@@ -108,7 +108,9 @@ def _centre_kernel(
         first = tl.minimum(first, tl.where(is_out, distance, float("inf")))
     beyond = tl.min(first, 0)
     middle = 0.5 * (tl.max(kept, 0) + beyond) * f
-    tl.store(centred + row, tl.where(beyond < float("inf"), middle, tl.load(support + row)))
+    # Where nothing is cut that has a probability there is no border; NaN stays what it is.
+    nothing = tl.load(support + row) + float("inf")
+    tl.store(centred + row, tl.where(beyond < float("inf"), middle, nothing))
 
 
 @triton.jit(do_not_specialize=["pre_scale"])
