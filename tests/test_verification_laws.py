@@ -109,6 +109,20 @@ def test_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deviation(exact, law) > BEYOND
 
 
+@pytest.mark.parametrize("rule", [exact, block])
+def test_three_places_of_four_tokens(rule: Rule) -> None:
+    """Cut at the third, what is left is not that of the second, nor is its scale."""
+    target, drafter = make_policy(4, 4, 4), make_policy(5, 4, 3)
+    if rule is exact:
+        law = law_of_outcomes(target, drafter, 3, of_exact)
+    else:
+        law = law_of_block(target, drafter, 3)
+    assert float((completed(law, target, 3) - target.texts()).abs().max()) < 1e-15
+    texts = draw_texts(drafter, N, 3, seed=6)
+    verdict = verify(rule, draft_of_texts(texts, drafter), target_of_texts(target, texts))
+    assert abs(chi_square(outcomes(verdict, texts, 4), law)) < WITHIN
+
+
 def test_exact_with_a_residual_that_is_not_one() -> None:
     law = law_of_outcomes(TARGET, DRAFTER, LENGTH, of_exact)
     assert deviation(lenient(1.0), law) > 10 * BEYOND
@@ -246,6 +260,18 @@ def test_multi_draft(n_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_drafts, "select", right)
     verdict = verify(multi_draft, draft, target_of_texts(TARGET.mixed(0.01), texts))
     assert text_deviation(TARGET, texts[verdict.followed], verdict) > BEYOND
+
+
+def test_what_multi_draft_leaves_is_not_what_exact_does() -> None:
+    """Two drafts cover token 0, which one has too seldom: it must not come as a replacement."""
+    p, q = [0.45, 0.45, 0.1], [0.3, 0.1, 0.6]
+    first = torch.tensor([p], dtype=torch.float64)
+    target = Policy([first, make_policy(6, 3, 2).tables[1]])
+    drafter = Policy([torch.tensor([q], dtype=torch.float64)])
+    texts = draw_texts(drafter, 2 * N, 1, seed=15)
+    draft = draft_of_texts(texts, drafter, n_drafts=2)
+    verdict = verify(multi_draft, draft, target_of_texts(target, texts))
+    assert abs(text_deviation(target, texts[verdict.followed], verdict)) < WITHIN
 
 
 def test_one_draft_of_several_is_the_exact_rule() -> None:
