@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from check import assert_close
+from sampling_cases import at_temperature, kept
 from torch import Tensor
+from verification_cases import ragged
 
-from rollfuse import Head, Lora, Sampling, Target, new_streams
+from rollfuse import Head, Lora, Sampling, Target, exact, new_streams, verify
 from rollfuse.kernels.dispatch import backend
 
 pytestmark = pytest.mark.kernels
@@ -61,6 +63,57 @@ def test_log_probs_of_some_rows(kind: str) -> None:
         found = Target(logits, sampling=Sampling(value)).log_probs(rows)
         assert found.dtype == torch.float64
         assert_close(kind, found, truth, atol=1e-6)
+
+
+# The values of three rows, and so on in turn.
+ROW_CUTS = {
+    "top_k": torch.tensor([2, 5, 9]),
+    "top_p": torch.tensor([0.5, 0.95, 0.8]),
+    "min_p": torch.tensor([0.3, 0.05, 0.01]),
+}
+
+
+def cut_rows(name: str, n_rows: int) -> Sampling:
+    """A temperature and one cut, each with a value of its own for every row."""
+    values = ROW_CUTS[name].repeat(n_rows // 3 + 1)[:n_rows].to(DEVICE)
+    return Sampling(torch.linspace(0.5, 1.5, n_rows, device=DEVICE), **{name: values})
+
+
+def log_probs_of_kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(R, V) float64 on the CPU, of all rows, each cut by a sort."""
+    z = at_temperature(logits, sampling)
+    return z.where(kept(z, sampling), -torch.inf).log_softmax(1)
+
+
+@pytest.mark.parametrize("name", ROW_CUTS)
+def test_log_probs_of_some_rows_that_are_cut_each_by_its_own_value(name: str) -> None:
+    n_rows = 6 if backend.name == "interpret" else ROWS
+    hidden, head = torch.randn(n_rows, WIDTH, device=DEVICE), make_head("bias, scale and cap")
+    logits, sampling = logits_of(hidden, head), cut_rows(name, n_rows)
+    # As many as there are: values of other rows would not be refused for their shape.
+    rows = torch.arange(n_rows, device=DEVICE).flip(0)
+    truth = log_probs_of_kept(logits, sampling)[rows.cpu()]
+    of_hidden, of_logits = Target(hidden, head, sampling), Target(logits, sampling=sampling)
+    for target, atol in ((of_hidden, 3e-5), (of_logits, 1e-6)):
+        for some in (slice(None), slice(1, 4)):
+            found = target.log_probs(rows[some]).cpu()
+            assert torch.equal(found.isfinite(), truth[some].isfinite())
+            assert_close(name, found.exp(), truth[some].exp(), atol=atol)
+
+
+@pytest.mark.parametrize("name", ROW_CUTS)
+def test_a_draft_is_judged_by_rows_that_are_cut_each_by_its_own_value(name: str) -> None:
+    n_sequences = 12 if backend.name == "interpret" else 40
+    draft, target = ragged(n_sequences, VOCABULARY, seed=2, device=DEVICE)
+    sampling = cut_rows(name, target.n_rows)
+    found = verify(exact, draft, Target(target.rows, sampling=sampling))
+    by_hand = log_probs_of_kept(target.rows, sampling).float().to(DEVICE)
+    expected = verify(exact, draft, Target(by_hand))
+    assert torch.equal(found.n_accepted, expected.n_accepted)
+    assert torch.equal(found.ids, expected.ids)
+    assert_close("logp", found.logp, expected.logp, atol=1e-5)
+    cut = found.n_accepted < draft.cu_seqlens.diff()
+    assert cut.any() and (found.n_accepted > 0).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
