@@ -108,7 +108,9 @@ class Drafter(Protocol):
 
 
 def need_drafter(drafter: Drafter) -> None:
-    """Raise TypeError for a rule that has become a method."""
+    """Raise TypeError for a rule that is missing or has become a method."""
+    if not callable(getattr(drafter, "rule", None)):
+        raise TypeError(f"drafter.rule: need a rule of verification, got {type(drafter).__name__}")
     if getattr(drafter.rule, "__self__", None) is drafter:
         raise TypeError(
             "drafter.rule: need a rule that is an attribute of the instance, got one of the class, "
@@ -123,12 +125,16 @@ def need_chunks(chunks: Sequence[Chunk | None], sequences: Sequence[int], vocabu
     for chunk in chunks:
         if chunk is None:
             continue
-        for name in ("tokens", "streams", "logp"):
+        if not isinstance(chunk, Chunk):
+            raise TypeError(f"propose: need a Chunk or None, got {type(chunk).__name__}")
+        for name, kind in (("tokens", np.int64), ("streams", np.int64), ("logp", np.floating)):
             values = getattr(chunk, name)
             if values is None and name != "tokens":
                 continue
             if not isinstance(values, np.ndarray):
                 raise TypeError(f"{name}: need an array of NumPy, got {type(values).__name__}")
+            if not np.issubdtype(values.dtype, kind):
+                raise TypeError(f"{name}: need {kind.__name__}, got {values.dtype}")
             good = values.ndim == 1 and len(values) == len(chunk.tokens) >= 1
             checks.need(good, name, "one value a token, at least one", values.shape)
     tokens = [chunk.tokens for chunk in chunks if chunk is not None]

@@ -202,8 +202,8 @@ class Engine:
         self.totals = decoding.totals
         judge = Judge(
             sampling,
-            getattr(drafter, "rule", coupled),
-            getattr(drafter, "source", Source.VERIFIED),
+            coupled if drafter is None else drafter.rule,
+            Source.VERIFIED if drafter is None else drafter.source,
             noise,
             lengths,
             self.max_new_tokens,

@@ -46,14 +46,17 @@ class Fallback:
     """A `Drafter`: each sequence's guess is that of the first drafter that pays and has one.
 
     Args:
-        drafters: in order of trust; all of them under the rule `coupled`.
+        drafters: in order of trust; all of them under the rule `coupled`. One that takes over older
+            noise (`PastRollouts`) comes first: if it were asked only where others have no guess,
+            what that noise has drawn would decide whether it is used again.
         break_even: the share of checked tokens that must stay; about the cost of checking a token
             over that of drawing one (1/6 at short contexts on a GPU, less at long ones).
         probe: a drafter that does not pay is asked all the same in every so-manieth rollout, and
             otherwise in every so-manieth step.
 
     Raises:
-        ValueError: no drafter, one of another rule, or a value out of its range.
+        ValueError: no drafter, one of another rule, or a value out of its range; in a `generate`, a
+            guess that names its noise from another than the first.
     """
 
     drafters: Sequence[Drafter]
@@ -101,6 +104,9 @@ class Fallback:
             if left and (is_due or share.value >= self.break_even):
                 chunks = zip(left, drafter.propose(left), strict=True)
                 mine = {s: chunk for s, chunk in chunks if chunk is not None}
+                if i and any(chunk.streams is not None for chunk in mine.values()):
+                    got = f"{type(drafter).__name__} as drafters[{i}]"
+                    raise ValueError(f"drafters: need the one of older noise first, got {got}")
                 self._owner |= dict.fromkeys(mine, i)
                 found |= mine
         return [found.get(s) for s in sequences]

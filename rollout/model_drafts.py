@@ -74,9 +74,10 @@ class ModelDrafts:
         cache = tree_cache_for(self.model, n_pages=n_pages, page_size=page, canary=False)
         self._tree = TreeModel(self.model, cache)
         self._streams = request.streams
-        roots = [cache.match(prompt) or cache.root() for prompt in request.prompts]
-        for root, prompt in zip(roots, request.prompts, strict=True):
-            cache.append([root], [prompt[len(root) :]])
+        roots: list[Branch] = []
+        for prompt in request.prompts:
+            roots.append(cache.match(prompt) or cache.root())
+            cache.append(roots[-1:], [prompt[len(roots[-1]) :]])
         self._branches = {s: roots[p].fork()[0] for s, p in enumerate(request.prompt_index)}
         self._known = {s: lengths[p] for s, p in enumerate(request.prompt_index)}
         for root in roots:

@@ -10,7 +10,9 @@ on their noise through them: exactness is conditional on the weights. Responses 
 epochs are positively correlated: each step's estimate stays as it is, an average over epochs has a
 larger variance, and where the policy stands still a prompt sees nothing new. `cap` and `refresh`
 bound that. A stored response is the guess of one sequence at most: two sequences verified against
-the same noise would be one sample twice.
+the same noise would be one sample twice. Whether it is one must not depend on what its noise has
+drawn: record rollouts whole (a selection by reward is a selection of noise), and the cap counts how
+often a response was handed on, whatever came of it.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class PastRollouts:
 
     Args:
         rule: `coupled`, or a lenient rule.
-        cap: rollouts in a row a response may be taken over into, however little; then its
-            sequence starts afresh. None: no cap.
+        cap: rollouts in a row a response and what became of it may be a guess; then its sequence
+            starts afresh. None: no cap.
         refresh: share of the sequences that start afresh in every rollout, in [0, 1].
 
     Raises:
@@ -68,6 +70,8 @@ class PastRollouts:
     store: ResponseStore = field(init=False, default_factory=ResponseStore)
     _streams: Ints = field(init=False, default_factory=lambda: np.empty(0, np.int64))
     _reuses: dict[int, _Reuse] = field(init=False, default_factory=dict)
+    # By prompt and stream: in how many rollouts in a row what it is given has been a guess by now.
+    _uses: dict[tuple[bytes, int], int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.need(self.cap is None or self.cap >= 1, "cap", "a count >= 1", self.cap)
@@ -76,12 +80,10 @@ class PastRollouts:
 
     def record(self, rollout: Rollout) -> None:
         """Take in the rollout that was generated with this drafter, or one without."""
-        uses = [0] * len(rollout)
-        if np.array_equal(rollout.streams.numpy(), self._streams):
-            for s, reuse in self._reuses.items():
-                uses[s] = reuse.old.uses + 1 if reuse.made else 0
-        self.store.add(rollout, uses)
-        self._reuses = {}
+        prompts = [prompt.numpy().tobytes() for prompt in rollout.prompts]
+        pairs = zip(rollout.prompt_index.tolist(), rollout.streams.tolist(), strict=True)
+        self.store.add(rollout, [self._uses.get((prompts[p], s), 0) for p, s in pairs])
+        self._reuses, self._uses = {}, {}
 
     @property
     def runs(self) -> Ints:
@@ -111,7 +113,7 @@ class PastRollouts:
     # -- as a Drafter -------------------------------------------------------------------------
 
     def start(self, request: Request) -> None:
-        self._reuses, self._streams = {}, request.streams
+        self._reuses, self._uses, self._streams = {}, {}, request.streams
         self.store.need_vocabulary(request.vocabulary)
         left = {prompt.tobytes(): self.store.last(prompt)[::-1] for prompt in request.prompts}
         fresh = self._starts_afresh(request.streams)
@@ -121,6 +123,8 @@ class PastRollouts:
             worn = old is not None and self.cap is not None and old.uses >= self.cap
             if old is not None and len(old.tokens) and not worn and not fresh[s]:
                 self._reuses[s] = _Reuse(old, _FIRST)
+                key = request.prompts[p].tobytes(), int(request.streams[s])
+                self._uses[key] = old.uses + 1
         self._need_new_streams()
 
     def propose(self, sequences: Sequence[int]) -> list[Chunk | None]:
@@ -131,11 +135,13 @@ class PastRollouts:
             reuse = self._reuses.get(sequence)
             if reuse is None or reuse.is_left:
                 continue
-            if reuse.is_asked:
+            is_decided = reuse.is_asked and checked > 0
+            if is_decided:
                 reuse.made += stayed
                 reuse.is_cut = stayed < checked and stayed < len(tokens)
                 reuse.size *= _GROWTH
-            reuse.is_left = reuse.is_cut or not reuse.is_asked
+            # A token it was not asked about has moved the sequence on from the old response.
+            reuse.is_left = reuse.is_cut or not is_decided
             reuse.is_asked = False
 
     def finish(self, sequences: Sequence[int]) -> None:

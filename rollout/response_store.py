@@ -24,7 +24,7 @@ class Response(NamedTuple):
     tokens: Ints
     streams: Ints  # int64, whose noise drew each token
     logp: npt.NDArray[np.float32]  # nats, under the distribution that drew it
-    uses: int  # how many rollouts in a row it has been taken over into, wholly or in part
+    uses: int  # in how many rollouts in a row it, or what it became, has been a guess
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class ResponseStore:
     rollouts: int = 1
     # Of each prompt a list for each rollout, the oldest first.
     _of_prompt: dict[bytes, list[list[Response]]] = field(default_factory=dict)
-    _highest: int = -1  # of the tokens that were ever held
+    _highest: int = -1  # of the tokens that were held
 
     def __post_init__(self) -> None:
         checks.need(self.rollouts >= 1, "rollouts", "a count >= 1", self.rollouts)

@@ -79,19 +79,22 @@ def verify_trees(
         not guessed. They are appended to it; the last is still to compute.
 
     Raises:
-        ValueError: a guess is empty or has an id out of range; as `TreeModel.forward`.
+        ValueError: a guess is empty, no token ids or has one out of range; two branches with one
+            stream; as `TreeModel.forward`.
         OutOfPages: no room for the guesses. Either way the branches are as they were.
     """
     checks.need(len(trees) == len(branches), "trees", f"{len(branches)} trees", len(trees))
-    for i, tree in enumerate(trees):
-        good = all(len(guess) > 0 for guess in tree)
-        checks.need(good, f"trees[{i}]", "guesses of at least one token", "an empty one")
+    guesses = [_guesses_of(tree, f"trees[{i}]") for i, tree in enumerate(trees)]
+    model.cache.streams(branches)  # refuses two of one stream, or a branch twice
+    for i, branch in enumerate(branches):
+        ours = branch.is_of(model.cache.tree) and len(branch) > 0
+        checks.need(ours, f"branches[{i}]", "a text of this cache", "another one's, or none")
     # Handles of our own: what is tried here must not count in the branches' later forks.
     roots = [_Node(branch.twin(), []) for branch in branches]
     ends: list[_End] = []
     try:
-        for root, tree in zip(roots, trees, strict=True):
-            _plant(model, root, [[int(token) for token in guess] for guess in tree])
+        for root, tree in zip(roots, guesses, strict=True):
+            _plant(model, root, tree)
         drawn = _draw(model, roots, [branch.stream for branch in branches], sampling, head)
         ids = drawn.ids.cpu().numpy()
         ends = [_walk(root, ids) for root in roots]
@@ -108,6 +111,15 @@ def verify_trees(
     found = [Walk(drawn.ids[r].cpu().numpy(), drawn.logp[r], drawn.entropy[r]) for r in rows]
     model.cache.append(branches, [walk.tokens[-1:] for walk in found])
     return found
+
+
+def _guesses_of(tree: Sequence[Sequence[int]], name: str) -> list[list[int]]:
+    guesses = [np.asarray(guess) for guess in tree]
+    for guess in guesses:
+        good = guess.ndim == 1 and len(guess) > 0 and np.issubdtype(guess.dtype, np.integer)
+        got = "an empty one" if guess.shape == (0,) else f"{guess.dtype} of shape {guess.shape}"
+        checks.need(good, name, "guesses of at least one token id each", got)
+    return [guess.tolist() for guess in guesses]
 
 
 def _prune(nodes: list[_Node]) -> None:

@@ -14,9 +14,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class Twigs(NamedTuple):
-    """Distinct continuations of texts; those of one text that begin alike follow each other."""
+    """Distinct continuations of texts: each text's are sorted as lists are, token by token, so that
+    those that begin alike follow each other and a beginning comes before what it begins."""
 
-    parent: list[int]  # the number of the text each of them continues, non-decreasing
+    parent: list[int]  # the text each of them continues, non-decreasing: 0, 1, ... without a gap
     tokens: list[Ints]  # none empty
     shared: list[int]  # how many of its first tokens are those of the one before, of one parent
 

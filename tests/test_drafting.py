@@ -10,7 +10,7 @@ from rollfuse.kernels.rejection import lenient
 from rollfuse.kernels.sampling import Sampling
 from rollfuse.kernels.verification import coupled
 from rollfuse.rollout import past_rollouts
-from rollfuse.rollout.drafter import Chunk
+from rollfuse.rollout.drafter import Chunk, News, Request
 from rollfuse.rollout.engine import Engine
 from rollfuse.rollout.fallback import Fallback
 from rollfuse.rollout.model_drafts import ModelDrafts
@@ -498,14 +498,14 @@ def test_a_text_that_begins_like_a_pending_guess_may_join(size):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_drafters_beside_each_other_keep_their_noise_apart(seed):
-    """Any drafter first: what one guesses is no news of another's."""
+    """What one guesses is no news of another's."""
     rng = np.random.default_rng(seed)
     model = tiny_qwen3()
     engine = engine_of(model, max_batch=int(rng.integers(4, 17)))
     past = PastRollouts(cap=None)
     suffix = SuffixDrafts(least_match=1, least=0.0)
     drafters = [past, suffix, ModelDrafts(changed(tiny_qwen3(), 0.02), n_tokens=2)]
-    order = rng.permutation(3)
+    order = [0, *(1 + rng.permutation(2))]
     drafter = Fallback([drafters[i] for i in order], break_even=float(rng.choice([0.0, 0.5])))
     for step in range(4):
         before = {p: past.store.last(np.array(prompt)) for p, prompt in enumerate(PROMPTS)}
@@ -581,19 +581,58 @@ def test_guesses_grow_while_they_stay(monkeypatch):
     assert past_rollouts.PastRollouts().cap == 8
 
 
-def test_uses_count_what_was_taken_over_alone():
+def test_uses_count_what_was_handed_on_whatever_came_of_it():
     model = tiny_qwen3()
-    engine, past = engine_of(model), PastRollouts(cap=1)
+    engine, past = engine_of(model), PastRollouts(cap=2)
     past.record(engine.generate(PROMPTS, N, seed=0))
-    changed(model, 3.0)  # nothing of it will be drawn again
+    changed(model, 0.3)
     made = engine.generate(PROMPTS, N, seed=1, drafter=past)
-    taken = {s for s, reuse in past._reuses.items() if reuse.made}
-    past.record(made)
-    held = [r.uses for p in (0, 1, 2) for r in past.store.last(np.array(PROMPTS[p]))]
-    assert sum(held) == len(taken) < len(made)
-    other = engine.generate([[7]], 3, seed=5)
-    past.record(other)  # not the one that was generated with it
-    assert [r.uses for r in past.store.last(np.array([7]))] == [0, 0, 0]
+    assert 0 < (past.runs == 0).sum() < len(past.runs) == len(made)
+    # In another order, and not all of it.
+    past.record(made.select(torch.arange(len(made)).flip(0)[2:]))
+    assert {r.uses for p in (0, 1, 2) for r in past.store.last(np.array(PROMPTS[p]))} == {1}
+    other = engine.generate(PROMPTS, N, seed=5)
+    past.record(other)  # not one that was generated with it
+    assert {r.uses for p in (0, 1, 2) for r in past.store.last(np.array(PROMPTS[p]))} == {0}
+
+
+@pytest.mark.parametrize(("cap", "refresh"), [(1, 0.0), (2, 0.0), (None, 0.3)])
+def test_the_law_holds_in_every_epoch(cap, refresh):
+    """Which sequences start afresh must not depend on what their noise has drawn."""
+    model, n = tiny_qwen3(vocab_size=5), 6000
+    engine = Engine(model, max_new_tokens=1, stop_tokens=[])
+    past = PastRollouts(cap=cap, refresh=refresh)
+    for epoch in range(5):
+        made = engine.generate([[1]], n, seed=100 + epoch, drafter=past)
+        past.record(made)
+        with torch.no_grad():
+            law = model(torch.tensor([[1]])).logits[0, -1].double().softmax(0)
+        counts = torch.bincount(made.tokens, minlength=5).double()
+        statistic = float(((counts - law * n) ** 2 / (law * n)).sum())
+        assert statistic < 23.5, epoch  # 4 degrees of freedom, one in ten thousand
+        changed(model, 0.08, epoch)
+
+
+def test_older_noise_comes_first():
+    """Asked only where others have no guess, it would be used again by what it has drawn."""
+    engine = engine_of(tiny_qwen3())
+    past, suffix = PastRollouts(), SuffixDrafts(least_match=2)
+    first = engine.generate(PROMPTS, N, seed=0)
+    past.record(first)
+    with pytest.raises(ValueError, match=r"drafters: need the one of older noise first, got Past"):
+        engine.generate(PROMPTS, N, seed=1, drafter=Fallback([suffix, past]))
+    same(engine.generate(PROMPTS, N, seed=1, drafter=Fallback([past, suffix])), first)
+
+
+def test_a_step_that_decided_nothing_ends_the_reuse():
+    """A text that gave way after it was asked, and came back while its drafter was not due."""
+    engine, past = engine_of(tiny_qwen3()), PastRollouts()
+    past.record(engine.generate([[1]], 1, seed=0))
+    request = Request([np.array([1])], np.zeros(1, np.int64), np.array([7]), 12, VOCABULARY)
+    past.start(request)
+    assert past.propose([0])[0] is not None
+    past.advance([News(0, np.array([3]), 0, 0)])
+    assert past.propose([0]) == [None]
 
 
 def test_refresh_is_another_choice_in_every_rollout():
@@ -653,9 +692,13 @@ def test_a_drafter_of_ones_own_is_told_what_is_wrong():
     three = np.array([1, 2, 3])
     for chunk, error, words in (
         (Chunk(three, streams=three[:1]), ValueError, "streams: need one value a token"),
-        (Chunk(three, logp=three[:2]), ValueError, "logp: need one value a token"),
+        (Chunk(three, logp=three[:2] * 1.0), ValueError, "logp: need one value a token"),
         (Chunk(three[:0]), ValueError, "tokens: need one value a token, at least one"),
         (Chunk([1, 2]), TypeError, "tokens: need an array of NumPy, got list"),
+        (Chunk(three.astype(np.int32)), TypeError, "tokens: need int64, got int32"),
+        (Chunk(three, streams=three * 1.0), TypeError, "streams: need int64, got float64"),
+        (Chunk(three, logp=three), TypeError, "logp: need floating, got int64"),
+        ("three", TypeError, "propose: need a Chunk or None, got str"),
         (Chunk(three + 47), ValueError, r"tokens: need token ids in \[0, 48\)"),
     ):
         drafter = Oracle(plain, 3)

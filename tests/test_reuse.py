@@ -228,6 +228,7 @@ def test_reused_tokens_are_underlined() -> None:
     [
         ({"reuse": "all"}, "--reuse: need one of none, coupled, lenient, suffix, got 'all'"),
         ({"lenience": -0.1}, "--lenience: need 0 or more"),
+        ({"reuse_break_even": 1.5}, r"--reuse-break-even: need a share in \[0, 1\]"),
         ({"reuse_cap": 0}, "--reuse-cap: need at least 1"),
         ({"refresh": 1.5}, r"--refresh: need a share in \[0, 1\]"),
         ({"problems": 0}, "--problems: need at least 1"),
@@ -242,3 +243,9 @@ def test_more_problems_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--problems: need at most the 992 problems there are"):
         loop.train(replace(TINY, problems=993), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["coupled", "suffix"])
+def test_the_break_even_is_the_runs(kind):
+    reuse = new_reuse(Config(reuse=kind, reuse_break_even=0.75))
+    assert isinstance(reuse.drafter, Fallback) and reuse.drafter.break_even == 0.75

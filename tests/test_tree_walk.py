@@ -136,3 +136,27 @@ def test_follow_refuses_branches_of_another_cache():
     one, two = served().cache.root([1]), served().cache.root([1])
     with pytest.raises(ValueError, match="other: need a branch of this cache"):
         one.follow(two)
+
+
+def test_branches_and_guesses_that_do_not_fit_change_nothing():
+    model = tiny_qwen3()
+    cache = tree_cache_for(model, n_pages=20)
+    tree = TreeModel(model, cache)
+    one, gone = cache.root([1, 2, 3], stream=5), cache.root([4])
+    gone.prune()
+    held = cache.statistics()
+    twin = cache.root([7], stream=5)
+    for branches, trees, words in (
+        ([one, gone], [[], []], "branch: need a live branch"),
+        ([one, one], [[[22]], [[22]]], "streams: need a stream of its own"),
+        ([one, twin], [[], []], "streams: need a stream of its own"),
+        ([one], [[1, 2]], r"trees\[0\]: need guesses of at least one token id each, got int64 of"),
+        ([one], [[[1.5]]], r"trees\[0\]: need guesses .* got float64 of shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            verify_trees(tree, branches, trees)
+        assert one.tokens.tolist() == [1, 2, 3]
+    twin.prune()
+    assert cache.statistics() == held
+    one.prune()
+    assert cache.tree.pool.n_free == cache.tree.pool.n_pages

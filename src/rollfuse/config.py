@@ -58,6 +58,7 @@ class Config:
     reuse: str = "none"  # of earlier rollouts: none, coupled, lenient or suffix
     lenience: float = 0.5  # nats that --reuse lenient forgives a token
     reuse_cap: int = 8  # epochs in a row a response may be reused
+    reuse_break_even: float = 1 / 6  # share of guesses that must stay, else they are seldom made
     refresh: float = 0.0  # share of the responses that are drawn afresh in any case
     minibatches: int = 1  # optimiser updates per step
     decode_sequences: int | None = None  # responses sampled together; None: the whole step's
@@ -143,6 +144,7 @@ def _check_ranges(config: Config) -> None:
         ("lr", 0 <= config.learning_rate < 1, "a number in [0, 1)"),
         ("reuse", config.reuse in REUSES, f"one of {', '.join(REUSES)}"),
         ("refresh", 0 <= config.refresh <= 1, "a share in [0, 1]"),
+        ("reuse_break_even", 0 <= config.reuse_break_even <= 1, "a share in [0, 1]"),
         ("loss", config.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
         (
             "decode_sequences",

@@ -37,6 +37,8 @@ REUSE_CURVES: tuple[tuple[str, str, str, float | None], ...] = (
     ("reused", "Reused tokens", "share that was guessed and stayed", 0.0),
     ("accepted", "Accepted guesses", "share of the guessed tokens that stayed", 0.0),
     ("accepted_run", "Accepted run", "tokens taken over from an older response", 0.0),
+    ("run_most", "Accepted run, most", "the same if each token stays at 1 - TV", 0.0),
+    ("run_least", "Accepted run, least", "and at (1 - TV) / (1 + TV)", 0.0),
     ("match_rate", "Match rate", "chance that an older token stays", None),
     ("match_most", "Match rate, most", "1 - TV: what any exact rule can reach", None),
     ("match_least", "Match rate, least", "(1 - TV) / (1 + TV): what coupling is sure of", None),

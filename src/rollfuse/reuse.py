@@ -65,7 +65,7 @@ def _past(config: Config, rule: Rule) -> PastRollouts:
 
 def _coupled(config: Config) -> Reuse:
     memory = _past(config, coupled)
-    return Reuse(Fallback([memory]), memory)
+    return Reuse(Fallback([memory], config.reuse_break_even), memory)
 
 
 def _lenient(config: Config) -> Reuse:
@@ -75,7 +75,7 @@ def _lenient(config: Config) -> Reuse:
 
 def _suffix(config: Config) -> Reuse:
     memory = SuffixDrafts(rollouts=_EPOCHS)
-    return Reuse(Fallback([memory]), memory)
+    return Reuse(Fallback([memory], config.reuse_break_even), memory)
 
 
 # What `--reuse` accepts, beside none.
