@@ -123,6 +123,20 @@ def test_without_room_for_the_next_token_nothing_moves():
     assert [walk.tokens.tolist() for walk in found] == [text[:1] for text in expected]
 
 
+def test_without_room_behind_an_accepted_guess_nothing_moves():
+    # Four tokens and two guessed ones fill the three pages there are.
+    tree, text = served(n_pages=3), plain(3)[1]
+    branch = tree.cache.root(PROMPTS[1], stream=8)
+    with pytest.raises(OutOfPages, match="need 1 free ones of 3"):
+        verify_trees(tree, [branch], [[text[:2]]], SAMPLING)
+    assert branch.tokens.tolist() == PROMPTS[1]
+    assert tree.cache.tree.pool.n_free == 1
+    tree.cache.check()
+    # With one of them the next token has its place.
+    found = verify_trees(tree, [branch], [[text[:1]]], SAMPLING)
+    assert found[0].tokens.tolist() == text[:2]
+
+
 @pytest.mark.parametrize("shape", ["none", "fork"])
 def test_guesses_leave_no_trace_in_the_streams_of_forks(shape):
     tree, untouched = served(), served()

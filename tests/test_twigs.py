@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from rollfuse.rollout.pages import OutOfPages
 from rollfuse.rollout.tree_cache import TreeCache
@@ -47,6 +48,10 @@ def test_each_text_is_its_parents_and_its_twig_and_what_they_share_lies_there_on
     assert cache.statistics().n_tokens == held + len(prefixes)
     cache.check()
     for branch in branches:
+        found = cache.match(branch.tokens)
+        assert found is not None and len(found) == len(branch)
+        found.prune()
+    for branch in branches:
         branch.prune()
     assert cache.tree.pool.n_free == cache.tree.pool.n_pages
 
@@ -86,3 +91,18 @@ def test_retained_texts_make_room():
     root = cache.root([5])
     planted = cache.plant([root], twigs_of([0, 0], [np.array([6, 7]), np.array([6, 8])]))
     assert [branch.tokens.tolist() for branch in planted] == [[5, 6, 7], [5, 6, 8]]
+
+
+def test_a_plan_made_before_planting_in_place_is_refused():
+    cache = TreeCache(1, 1, 2, n_pages=4, page_size=4)
+    root = cache.root([5])
+    step = cache.plan([root])
+    # One twig on a text that grows: no node is new, only tokens.
+    assert cache.plant([root], twigs_of([0], [np.array([6, 7])])) == [root]
+    assert cache.statistics().n_nodes == 1
+    row = torch.zeros(1, 1, 2)
+    with pytest.raises(ValueError, match="step: need"):
+        cache.write(0, row, row, step)
+    with pytest.raises(ValueError, match="step: need"):
+        cache.commit(step)
+    assert root.n_computed == 0
