@@ -138,8 +138,8 @@ class Engine:
         Raises:
             TypeError: a wrong dtype; a per-row temperature.
             ValueError: an empty prompt, a token out of range, too long a prompt for the model or
-                for `kv_bytes`, two equal streams in a group, `max_batch` below `n`, or logits
-                without a finite maximum.
+                for `kv_bytes`, two equal streams in a group (with a drafter: in the rollout),
+                `max_batch` below `n`, or logits without a finite maximum.
         """
         checks.need(n >= 1, "n", "samples per prompt >= 1", n)
         checks.need(version >= 0, "version", "a number >= 0", version)
@@ -151,6 +151,8 @@ class Engine:
         texts = self._checked_prompts(prompts)
         groups = torch.arange(len(texts)).repeat_interleave(n)
         streams = _checked_streams(streams, seed, groups)
+        if drafter is not None:  # which may not tell one group's noise from another's
+            need_distinct_streams(streams)
         record = Recorder(len(groups))
         if texts:
             cache = self._cache(texts, n)

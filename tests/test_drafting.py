@@ -624,6 +624,13 @@ def test_older_noise_comes_first():
     same(engine.generate(PROMPTS, N, seed=1, drafter=Fallback([past, suffix])), first)
 
 
+def test_with_a_drafter_no_two_sequences_have_one_stream():
+    engine, streams = engine_of(tiny_qwen3()), new_streams(0, N).repeat(len(PROMPTS))
+    assert len(engine.generate(PROMPTS, N, streams=streams)) == N * len(PROMPTS)
+    with pytest.raises(ValueError, match="streams: need a stream of its own"):
+        engine.generate(PROMPTS, N, streams=streams, drafter=SuffixDrafts(rollouts=0))
+
+
 def test_a_step_that_decided_nothing_ends_the_reuse():
     """A text that gave way after it was asked, and came back while its drafter was not due."""
     engine, past = engine_of(tiny_qwen3()), PastRollouts()
